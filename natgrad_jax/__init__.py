@@ -1,0 +1,23 @@
+"""Natural gradients for JAX: any metric × any solver, as an optax transformation."""
+
+from natgrad_jax import damping, families, inference, metrics, operators, problems, solvers, transforms
+from natgrad_jax.inference import fit
+from natgrad_jax.metrics import fisher_matrix
+from natgrad_jax.transforms import natural_gradient, scale_by_metric
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "damping",
+    "families",
+    "fisher_matrix",
+    "fit",
+    "inference",
+    "metrics",
+    "natural_gradient",
+    "operators",
+    "problems",
+    "scale_by_metric",
+    "solvers",
+    "transforms",
+]
