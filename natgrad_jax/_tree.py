@@ -97,7 +97,7 @@ def norm(vector: Array) -> Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(jnp.abs(vector / unit))))
 
 
-def concrete(*arrays: Array) -> bool:
+def concrete(*arrays: Any) -> bool:
     """Whether the values can be read now, that is, outside `jit`, `vmap` and `grad`."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 

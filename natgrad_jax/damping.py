@@ -1,11 +1,12 @@
 """Damping rules: G + λD, with D a metric of its own. A bare number means `relative`.
 
-A rule is a named pair of the strength λ ≥ 0 (dimensionless for `relative` and `trace`) and the way in which D follows
-from G. `root(scale)` returns √D_ii from `scale` = √G_ii; both are flat vectors of shape (p,).
+A rule is a frozen pytree of the strength λ ≥ 0 (dimensionless for `relative` and `trace`) and the way in which D
+follows from G. `root(scale)` returns √D_ii from `scale` = √G_ii; both are flat vectors of shape (p,).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,7 +15,9 @@ from natgrad_jax._tree import concrete
 Number = float | Array
 
 
-class Relative(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Relative:
     """D = diag(G): covariant under a change of units of the parameters."""
 
     strength: Number
@@ -24,7 +27,9 @@ class Relative(NamedTuple):
         return scale
 
 
-class Absolute(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Absolute:
     """D = I: mixes units; λ has the units of G."""
 
     strength: Number
@@ -34,7 +39,9 @@ class Absolute(NamedTuple):
         return jnp.ones_like(scale)
 
 
-class Trace(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Trace:
     """D = tr(G)/p · I: mixes units, but does not depend on the scale of the loss."""
 
     strength: Number
@@ -102,11 +109,10 @@ def as_rule(damping: "Rule | Number | None") -> Rule | None:
 
 
 def _checked(strength: Number) -> Number:
-    value = jnp.asarray(strength)
-    if value.ndim != 0:
+    if jnp.ndim(strength) != 0:
         raise ValueError(
-            f"damping: expected one number λ ≥ 0, got an array of shape {value.shape}; vmap over the solve"
+            f"damping: expected one number λ ≥ 0, got an array of shape {jnp.shape(strength)}; vmap over the solve"
         )
-    if concrete(value) and not value >= 0:
+    if concrete(strength) and not strength >= 0:
         raise ValueError(f"damping: expected a number λ ≥ 0, got {strength}")
     return strength

@@ -4,12 +4,14 @@ A metric's keyword-only parameters name the data that it needs; the ones here ne
 square-root form, rows √q(x)·∂log q(x)/∂θ, so that whoever solves may avoid squaring.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -44,8 +46,7 @@ def scales(s: PyTree) -> Metric:
         4.0
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(s):
-        value = jnp.asarray(leaf)
-        if concrete(value) and not bool(jnp.all(value > 0)):
+        if concrete(leaf) and not np.all(np.asarray(leaf) > 0):
             raise ValueError(f"s{jax.tree_util.keystr(path)}: expected positive scales, got {leaf}")
 
     def scales(params: PyTree) -> Diagonal:
@@ -197,30 +198,32 @@ def _fisher_rows(
         "fwd": lambda xs: jax.jacfwd(lambda t: jax.vmap(partial(flat, t))(xs))(theta),
         "rev": lambda xs: jax.vmap(lambda x: jax.grad(flat)(theta, x))(xs),
     }[jac]
+    mean, unit = jnp.zeros_like(theta), jnp.ones((), theta.dtype)
     if normalized:
-        log_weights, mean = _checked_sum(log_values), jnp.zeros_like(theta)
+        log_weights, unit = log_values, _one_if_normalized(log_values)
     else:
         log_weights = jax.nn.log_softmax(log_values)
         weighted = lambda xw: jnp.exp(xw[1]) @ scores(xw[0])  # noqa: E731
         mean = chunked_sum(weighted, (support, log_weights), chunk_size)
 
     def rows(xs: PyTree, log_q: Array) -> Array:
-        return jnp.exp(log_q / 2)[:, None] * (scores(xs) - mean)
+        # The NaN enters behind exp: compiled for a CPU in float32, exp of a selected NaN may come out finite.
+        return unit * jnp.exp(log_q / 2)[:, None] * (scores(xs) - mean)
 
     return log_weights, rows
 
 
-def _checked_sum(log_values: Array) -> Array:
-    """log_values if their exponentials sum to one; else an error with the sum, or NaN under a transformation."""
+def _one_if_normalized(log_values: Array) -> Array:
+    """1 if the exponentials sum to one; else an error with the sum, or NaN under a transformation."""
     total = jnp.sum(jnp.exp(log_values))
-    tolerance = float(jnp.sqrt(jnp.finfo(log_values.dtype).eps))
+    tolerance = math.sqrt(jnp.finfo(log_values.dtype).eps)
     if concrete(total) and bool(jnp.abs(total - 1) > tolerance):
         raise ValueError(
             f"log_prob: expected probabilities that sum to one over the support, got a sum of {float(total):.6g} "
             f"(off by {float(total) - 1:.3g}). Normalise it, complete the support, or pass normalized=False for "
             "log φ with q = φ/Σφ."
         )
-    return jnp.where(jnp.abs(total - 1) > tolerance, jnp.nan, log_values)
+    return jnp.where(jnp.abs(total - 1) > tolerance, jnp.nan, 1).astype(log_values.dtype)
 
 
 def _accumulate(rows: Callable[[PyTree, Array], Array], support: PyTree, log_q: Array, chunk_size: int | None) -> Array:

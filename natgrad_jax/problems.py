@@ -47,7 +47,7 @@ def eight_schools() -> Problem:
     def log_density(x: Array) -> Array:
         mu, log_tau, theta = x[0], x[1], x[2:]
         tau = jnp.exp(log_tau)
-        effects, errors = jnp.asarray(SCHOOL_EFFECTS), jnp.asarray(SCHOOL_ERRORS)
+        effects, errors = jnp.asarray(SCHOOL_EFFECTS, x.dtype), jnp.asarray(SCHOOL_ERRORS, x.dtype)
         prior = norm.logpdf(mu, 0, 5) + jnp.sum(norm.logpdf(theta)) + jnp.log(2 / (5 * jnp.pi)) + log_tau
         prior -= jnp.log1p(jnp.square(tau / 5))
         return prior + jnp.sum(norm.logpdf(effects, mu + tau * theta, errors))

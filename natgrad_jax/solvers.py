@@ -1,6 +1,6 @@
 """Solvers: how (G + λD)⁻¹g is applied. A solver is a choice, an operator is data.
 
-Every solver is a NamedTuple with two parts, so that one factorisation can serve many right-hand sides:
+Every solver is a frozen static pytree with two parts, so that one factorisation can serve many right-hand sides:
 
     factored = solver.factor(operator, rule)            rule: a damping rule, or None for as little as possible
     solution = solver.apply(factored, rhs, strength)    strength: λ in place of the rule's own, or None
@@ -8,8 +8,10 @@ Every solver is a NamedTuple with two parts, so that one factorisation can serve
 Structure that does not fit is a `TypeError` when the program is built; numerical trouble is data in the `Solution`.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import cho_solve
@@ -97,7 +99,9 @@ def _require(operator: Operator, kinds: tuple[type, ...], solver: str, cure: str
         raise TypeError(f"solvers.{solver}: expected an operator {wanted}, got {type(operator).__name__}. {cure}")
 
 
-class DiagonalSolver(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class DiagonalSolver:
     """See `diagonal`."""
 
     def factor(self, operator: Operator, rule: Rule | None) -> Any:
@@ -105,23 +109,28 @@ class DiagonalSolver(NamedTuple):
         _require(
             operator, (Diagonal,), "diagonal", "For the diagonal of any operator use Diagonal(operator.diagonal())."
         )
-        return operator.space, jnp.sqrt(operator.space.ravel(operator.entries)), rule
+        return operator, jnp.sqrt(operator.space.ravel(operator.entries)), rule
 
     def apply(self, factored: Any, rhs: PyTree, strength: Number | None = None) -> Solution:
         """d_i = g_i / (G_ii + λD_ii); O(p)."""
-        space, scale, rule = factored
+        operator, scale, rule = factored
+        space = operator.space
         space.check(rhs, "rhs")
         total = _damped_scale(scale, rule, strength)
-        return _solution(space, _divide(_divide(space.ravel(rhs), total), total), rhs, jnp.sum(total == 0))
+        direction = _divide(_divide(space.ravel(rhs), total), total)
+        # g/∞ is a plausible 0, and would hide that G is not finite.
+        return _solution(space, jnp.where(jnp.isfinite(total), direction, jnp.nan), rhs, jnp.sum(total == 0))
 
 
-class ClosedSolver(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class ClosedSolver:
     """See `closed`."""
 
     def factor(self, operator: Operator, rule: Rule | None) -> Any:
         """The operator itself."""
         _require(operator, (Closed,), "closed", "Leave solver=None to have one chosen.")
-        if rule is not None and not (concrete(jnp.asarray(rule.strength)) and rule.strength == 0):
+        if rule is not None and not (concrete(rule.strength) and rule.strength == 0):
             raise TypeError(
                 "damping: a closed-form solve has no damping, got "
                 f"{rule}. Use damping=None, or solvers.cholesky() on operators.Dense(operator.dense(), operator.space)."
@@ -148,7 +157,9 @@ class CholeskyFactored(NamedTuple):
     lower: Array
 
 
-class Cholesky(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Cholesky:
     """See `cholesky`."""
 
     def factor(self, operator: Operator, rule: Rule | None) -> CholeskyFactored:
@@ -191,7 +202,9 @@ class EighFactored(NamedTuple):
     rule: Rule
 
 
-class Eigh(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Eigh:
     """See `eigh`."""
 
     def factor(self, operator: Operator, rule: Rule | None) -> EighFactored:
@@ -221,14 +234,17 @@ class Eigh(NamedTuple):
         direction = _divide(_divide(vectors @ inner, size), root)
         # A matrix of zeros: no curvature to divide by but λ itself.
         empty = _divide(_divide(_divide(space.ravel(rhs), root), root), jnp.broadcast_to(strength, root.shape))
-        bad = jnp.where(jnp.isfinite(strength) & (strength >= 0), 0, jnp.nan)
+        # Comparisons with NaN are false, and would keep no direction: a plausible 0.
+        bad = jnp.where(jnp.isfinite(strength) & (strength >= 0) & jnp.all(jnp.isfinite(values)), 0, jnp.nan)
         dead = jnp.sum((root == 0) | ((scale == 0) & (strength == 0)))
         return _solution(
             space, jnp.where(size > 0, direction, empty) + bad, rhs, dead, jnp.sum(values > cut).astype(jnp.int32)
         )
 
 
-class Auto(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Auto:
     """See `auto`."""
 
     def choose(self, operator: Operator) -> Any:

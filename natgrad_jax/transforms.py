@@ -180,7 +180,7 @@ def trust_region(inner: Transformation, max_kl: Number) -> Transformation:
         >>> d.tolist()
         [0.5]
     """
-    if concrete(jnp.asarray(max_kl)) and not max_kl > 0:
+    if concrete(max_kl) and not max_kl > 0:
         raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}")
     _require_operator_argument(inner, "trust_region")
 
@@ -290,7 +290,7 @@ def natural_gradient(
 
     Reference: Amari, "Natural gradient works efficiently in learning" (1998), theorem 1.
     """
-    if not callable(learning_rate) and concrete(jnp.asarray(learning_rate)) and not learning_rate >= 0:
+    if not callable(learning_rate) and concrete(learning_rate) and not learning_rate >= 0:
         raise ValueError(
             f"learning_rate: expected a number ≥ 0 or a schedule, got {learning_rate}; "
             "the minus sign of descent is put in here"

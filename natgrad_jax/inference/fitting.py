@@ -35,7 +35,7 @@ class Status(enum.IntEnum):
     jax.tree_util.register_dataclass,
     data_fields=[
         "params", "elbo", "final_elbo", "final_error", "status", "natural_norm",
-        "steps", "rejected", "skipped", "gradients", "hessian_products",
+        "steps", "rejected", "skipped", "gradients", "hessian_products", "path",
     ],
     meta_fields=["family"],
 )  # fmt: skip
@@ -45,7 +45,8 @@ class FitResult:
 
     Attributes:
         params: parameters of the family: the average of the last iterates.
-        elbo: history, one estimate per step in nats, NaN after the last; shape (max_steps,).
+        elbo: history, the estimate at the last accepted point after each step, in nats; NaN after the last step;
+            shape (max_steps,).
         final_elbo: estimate at `params` from 256 fresh draws, nats.
         final_error: its standard error.
         status: a `Status`, as an integer array.
@@ -55,6 +56,7 @@ class FitResult:
         skipped: evaluations that were not finite, and led to no step.
         gradients: gradients of log_density in all.
         hessian_products: Hessian-vector products, for the start.
+        path: the accepted parameters after each step, stacked, 0 after the last; None unless `keep_path`.
         family: the family.
     """
 
@@ -69,6 +71,7 @@ class FitResult:
     skipped: Array
     gradients: Array
     hessian_products: Array
+    path: PyTree
     family: Any
 
     @property
@@ -104,6 +107,7 @@ def fit(
     max_steps: int = 200,
     tol: float = 0.01,
     min_draws: int = 40,
+    keep_path: bool = False,
 ) -> FitResult:
     """Fits q = N(μ, Σ) to an unnormalised log-density: minimises KL(q‖p) by natural gradients.
 
@@ -124,6 +128,7 @@ def fit(
         max_steps: limit on evaluations of the gradient estimate.
         tol: nats of ELBO; relative error of a posterior scale is about √tol.
         min_draws: draws per step are the smallest multiple of 2d that is at least this.
+        keep_path: keep the parameters after every step in `.path`; max_steps times their memory.
 
     Returns:
         `FitResult`. Numerical trouble is in `.status`; under `vmap` one bad problem leaves its neighbours untouched.
@@ -152,7 +157,7 @@ def fit(
             "For a discrete q minimise inference.exact_kl or inference.elbo with natural_gradient(lr, family.fisher)."
         )
     for name, value in (("max_steps", max_steps), ("min_draws", min_draws), ("tol", tol)):
-        if concrete(jnp.asarray(value)) and not value > 0:
+        if concrete(value) and not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
     default = family.init() if init is None else init
     if jax.tree.map(jnp.shape, default) != jax.tree.map(jnp.shape, family.init()):
@@ -167,16 +172,17 @@ def fit(
             f"{jax.tree.map(lambda s: s.shape, out)}. Sum over data points and components; x has no batch axis."
         )
     n = whitened.number_of_draws(family.d, min_draws)
-    return _run(log_density, family, n, max_steps, init is None, key, data, default, tol)
+    return _run(log_density, family, n, max_steps, init is None, keep_path, key, data, default, tol)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _run(
     log_density: Callable[..., Array],
     family: Any,
     n: int,
     max_steps: int,
     find_scale: bool,
+    keep_path: bool,
     key: Array,
     data: PyTree,
     init: PyTree,
@@ -188,19 +194,22 @@ def _run(
         frame = _curvature_start(target, frame)
     dtype, d = frame.loc.dtype, family.d
 
-    def unfinished(carry: tuple[State, Array]) -> Array:
-        state, _ = carry
+    def unfinished(carry: tuple[State, Array, PyTree]) -> Array:
+        state = carry[0]
         lost = state.in_a_row >= whitened.GIVE_UP_AFTER
         return (state.count < max_steps) & ~whitened.converged(state, tol) & ~lost
 
-    def advance(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state, history = carry
+    def advance(carry: tuple[State, Array, PyTree]) -> tuple[State, Array, PyTree]:
+        state, history, path = carry
         eps = whitened.orthogonal_draws(jax.random.fold_in(key, state.count), d, n, dtype)
         new = whitened.step(target, state, eps, tol)
-        return new, history.at[state.count].set(new.elbo)
+        if keep_path:
+            path = jax.tree.map(lambda rows, x: rows.at[state.count].set(x), path, _params(new.base, init))
+        return new, history.at[state.count].set(new.elbo), path
 
-    start = (whitened.start(frame), jnp.full((max_steps,), jnp.nan, dtype))
-    state, history = jax.lax.while_loop(unfinished, advance, start)
+    path = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), dtype), init) if keep_path else None
+    start = (whitened.start(frame), jnp.full((max_steps,), jnp.nan, dtype), path)
+    state, history, path = jax.lax.while_loop(unfinished, advance, start)
 
     final = whitened.mean_iterate(state)
     eps = jax.random.normal(jax.random.fold_in(key, max_steps), (FINAL_DRAWS // 2, d), dtype)
@@ -219,6 +228,7 @@ def _run(
         skipped=state.skipped,
         gradients=n * state.count,
         hessian_products=jnp.asarray(d if find_scale else 0, jnp.int32),
+        path=path,
         family=family,
     )
 

@@ -252,7 +252,7 @@ def _advance(
 
 
 def _kl(size: Array, values: Array, u: Array) -> Array:
-    """KL(new‖old) of a step of size s: ½Σ(1/a − 1 + log a + (s u/a)²), a = 1 − sλ; +inf where the new q does not exist."""
+    """KL(new‖old) of a step of size s: ½Σ(1/a − 1 + log a + (s u/a)²) with a = 1 − sλ; +inf where q⁺ does not exist."""
     a = 1 - size * values
     exists = jnp.all(a > 0)
     a = jnp.where(exists, a, 1)
