@@ -1,0 +1,438 @@
+"""Laws 1, 2, 3, 4, 6 and 7 for operators × solvers × damping rules."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPERATORS, RHS, ROWS, RULES, SINGULAR, SOLVERS, UNITS, VECTOR, P, error, flat, tree
+
+import natgrad_jax as ng
+from natgrad_jax import operators, solvers
+
+every_operator = pytest.mark.parametrize("kind", OPERATORS)
+every_solver = pytest.mark.parametrize(("solver", "kind"), SOLVERS, ids=lambda x: getattr(x, "__class__", str).__name__)
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+def reference(kind, rule, rows=ROWS, rhs=RHS):
+    """(G + λD)⁻¹g by numpy in float64, and the condition number that the error bound takes."""
+    matrix = OPERATORS[kind].matrix(rows)
+    damped = matrix + np.diag(RULES[rule].added(matrix))
+    return np.linalg.solve(damped, rhs), max(cases.unit_condition(damped), np.linalg.cond(damped))
+
+
+@functools.cache
+def _compiled(kind, rule):
+    return jax.jit(lambda op, g: solvers.solve(op, g, solver=kind and kind(), damping=RULES[rule].damping))
+
+
+def solve(solver, rule, op, g):
+    """One program per solver, rule and shape, shared by the laws; that jit changes nothing is a law of its own."""
+    return _compiled(solver if solver is None else type(solver), rule)(op, g)
+
+
+def bound(condition, dtype, c=8 * P):
+    """c·κ·eps: a backward-stable solve, c for the p-term sums and the least damping 8·p·eps of cholesky."""
+    return c * condition * cases.eps(dtype)
+
+
+# Law 1.
+
+
+@every_operator
+def test_an_operator_is_its_matrix(kind, dtype):
+    op, matrix = OPERATORS[kind].build(ROWS, dtype), OPERATORS[kind].matrix(ROWS)
+    tol = 4 * P * cases.eps(dtype) * np.linalg.norm(matrix)  # sums of at most 9 products
+    dense, v, u = np.asarray(op.dense()), tree(VECTOR, dtype), tree(RHS, dtype)
+    np.testing.assert_allclose(dense, matrix, rtol=0, atol=tol)
+    np.testing.assert_array_equal(dense, dense.T)
+    assert np.linalg.eigvalsh(dense.astype(float)).min() >= -tol
+    np.testing.assert_allclose(flat(op.mv(v)), matrix @ VECTOR, rtol=0, atol=tol * np.linalg.norm(VECTOR))
+    np.testing.assert_allclose(flat(op.diagonal()), np.diag(matrix), rtol=0, atol=tol)
+    size = np.linalg.norm(VECTOR) * np.linalg.norm(RHS)
+    np.testing.assert_allclose(op.inner(u, v), RHS @ matrix @ VECTOR, rtol=0, atol=tol * size)
+    np.testing.assert_allclose(op.norm(v), np.sqrt(VECTOR @ matrix @ VECTOR), rtol=50 * cases.eps(dtype))
+    assert jax.tree.structure(op.mv(v)) == jax.tree.structure(v) == jax.tree.structure(op.diagonal())
+
+
+def test_a_closed_operator_is_its_matrix(dtype):
+    fam, params = cases.family("full rank", dtype)
+    op, matrix = fam.fisher(params), cases.full_rank_matrix(cases.LOWER)
+    tol = 20 * cases.eps(dtype) * np.linalg.norm(matrix)
+    v = ng.families.FullRankParams(jnp.asarray([1.0, -2.0], dtype), jnp.asarray([[0.5, 0.0], [1.0, -0.25]], dtype))
+    np.testing.assert_allclose(op.dense(), matrix, rtol=0, atol=tol)
+    np.testing.assert_allclose(flat(op.mv(v)), matrix @ flat(v), rtol=0, atol=tol * 3)
+    np.testing.assert_allclose(flat(op.diagonal()), np.diag(matrix), rtol=0, atol=tol)
+    np.testing.assert_allclose(op.inner(v, v), flat(v) @ matrix @ flat(v), rtol=0, atol=tol * 9)
+    np.testing.assert_allclose(op.norm(v), np.sqrt(flat(v) @ matrix @ flat(v)), rtol=50 * cases.eps(dtype))
+
+
+@every_operator
+def test_unit_diagonal_is_a_factorisation(kind, dtype):
+    if kind == "diagonal":
+        return  # has none: its solver divides
+    rows = ROWS * UNITS * [1, 1, 0, 1, 1]
+    scale, unit = OPERATORS[kind].flat(rows, dtype).unit_diagonal()
+    matrix = OPERATORS[kind].matrix(rows)
+    expected = np.divide(matrix, np.sqrt(np.outer(np.diag(matrix), np.diag(matrix))), where=matrix != 0, out=0 * matrix)
+    np.testing.assert_allclose(scale, np.sqrt(np.diag(matrix)), rtol=20 * cases.eps(dtype))
+    np.testing.assert_allclose(unit, expected, atol=20 * cases.eps(dtype))
+
+
+@every_solver
+@every_rule
+def test_solve_is_the_dense_solve(solver, kind, rule, dtype):
+    expected, condition = reference(kind, rule)
+    op = OPERATORS[kind].build(ROWS, dtype)
+    got = solve(solver, rule, op, tree(RHS, dtype))
+    assert error(got.value, expected) < (1e-10 if dtype == np.float64 else bound(condition, dtype))
+    assert error(got.value, expected) < bound(condition, dtype)
+    assert bool(got.converged) and int(got.stats.dead) == 0
+
+
+@every_solver
+@every_rule
+def test_one_factorisation_serves_other_strengths(solver, kind, rule, dtype):
+    if RULES[rule].damping is None:
+        return  # has no D of its own
+    solver = solver or solvers.auto()
+    factored = solver.factor(OPERATORS[kind].build(ROWS, dtype), ng.damping.as_rule(RULES[rule].damping))
+    matrix = OPERATORS[kind].matrix(ROWS)
+    weights = {"trace": np.full(P, np.trace(matrix) / P), "absolute": np.ones(P)}.get(rule, np.diag(matrix))
+    for strength in (0.0, 0.03, 2.0):
+        damped = matrix + strength * np.diag(weights)
+        got = solver.apply(factored, tree(RHS, dtype), strength).value
+        assert error(got, np.linalg.solve(damped, RHS)) < bound(np.linalg.cond(damped), dtype)
+
+
+def test_the_closed_solve_inverts_on_the_lower_triangle(dtype):
+    fam, params = cases.family("full rank", dtype)
+    op = fam.fisher(params)
+    v = ng.families.FullRankParams(jnp.asarray([1.0, -2.0], dtype), jnp.asarray([[0.5, 0.0], [1.0, -0.25]], dtype))
+    condition = np.linalg.cond(cases.full_rank_matrix(cases.LOWER)[np.ix_([0, 1, 2, 4, 5], [0, 1, 2, 4, 5])])
+    for solver in (None, solvers.auto(), solvers.closed()):
+        assert error(solvers.solve(op, op.mv(v), solver=solver).value, v) < bound(condition, dtype)
+
+
+# Law 2.
+
+
+@every_solver
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].covariant])
+def test_a_change_of_units_changes_nothing(solver, kind, rule, dtype):
+    expected, condition = reference(kind, rule)
+    op = OPERATORS[kind].build(ROWS / UNITS, dtype)
+    got = solve(solver, rule, op, tree(RHS / UNITS, dtype)).value
+    assert error(flat(got) / UNITS, expected) < bound(condition, dtype)
+
+
+@every_solver
+@pytest.mark.parametrize("rule", [name for name in RULES if not RULES[name].covariant])
+def test_damping_that_mixes_units_is_not_covariant(solver, kind, rule, dtype):
+    expected, _ = reference(kind, rule)
+    op = OPERATORS[kind].build(ROWS / UNITS, dtype)
+    got = solve(solver, rule, op, tree(RHS / UNITS, dtype)).value
+    assert error(flat(got) / UNITS, expected) > 0.05
+
+
+# Law 3.
+
+EXTREMES = {np.dtype("float32"): (1e-30, 1e-10, 1e30), np.dtype("float64"): (1e-290, 1e-100, 1e290)}
+
+
+@every_solver
+@every_rule
+def test_the_scale_of_the_gradient_passes_through(solver, kind, rule, dtype):
+    expected, condition = reference(kind, rule)
+    op = OPERATORS[kind].build(ROWS, dtype)
+    for c in EXTREMES[dtype]:
+        got = solve(solver, rule, op, tree(RHS * c, dtype))
+        assert error(flat(got.value) / c, expected) < bound(condition, dtype)
+        assert bool(got.converged)
+
+
+@pytest.mark.parametrize("solver", [solvers.cholesky(), solvers.eigh(), None], ids=["cholesky", "eigh", "auto"])
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].homogeneous])
+def test_rows_whose_squares_underflow_still_solve(solver, rule, dtype):
+    expected, condition = reference("gram", rule)
+    for c in (1e-25, 1e25) if dtype == np.float32 else (1e-200, 1e200):
+        op = OPERATORS["gram"].build(ROWS * c, dtype)
+        got = solve(solver, rule, op, tree(RHS * c, dtype))
+        assert error(flat(got.value) * c, expected) < bound(condition, dtype)
+
+
+@every_operator
+def test_norms_neither_overflow_nor_underflow(kind, dtype):
+    op, matrix = OPERATORS[kind].build(ROWS, dtype), OPERATORS[kind].matrix(ROWS)
+    expected = np.sqrt(VECTOR @ matrix @ VECTOR)
+    for c in EXTREMES[dtype]:
+        np.testing.assert_allclose(float(op.norm(tree(VECTOR * c, dtype))) / c, expected, rtol=50 * cases.eps(dtype))
+
+
+def test_the_norm_of_tiny_rows(dtype):
+    expected = np.linalg.norm(ROWS @ VECTOR)
+    for c in EXTREMES[dtype]:
+        got = float(OPERATORS["gram"].build(ROWS * c, dtype).norm(tree(VECTOR, dtype)))
+        np.testing.assert_allclose(got / c, expected, rtol=50 * cases.eps(dtype))
+
+
+# Law 4.
+
+
+@every_solver
+@every_rule
+def test_tree_and_flat_vector_agree(solver, kind, rule, dtype):
+    damping, case = RULES[rule].damping, OPERATORS[kind]
+    whole = solvers.solve(case.build(ROWS, dtype), tree(RHS, dtype), solver=solver, damping=damping)
+    plain = solvers.solve(case.flat(ROWS, dtype), jnp.asarray(RHS, dtype), solver=solver, damping=damping)
+    # The same arithmetic on the same flat numbers: no tolerance beyond one rounding.
+    np.testing.assert_allclose(flat(whole.value), flat(plain.value), rtol=cases.eps(dtype))
+
+
+@every_solver
+@pytest.mark.parametrize("rule", ["none", "absolute"])
+def test_jit_and_vmap_change_nothing(solver, kind, rule, dtype):
+    damping, case = RULES[rule].damping, OPERATORS[kind]
+    problems = [(ROWS, RHS), (ROWS[:, ::-1] * 3, VECTOR), (ROWS[::-1] / UNITS, RHS / UNITS)]
+    eagerly = lambda op, g: solvers.solve(op, g, solver=solver, damping=damping)
+    inputs = [(case.build(rows, dtype), tree(g, dtype)) for rows, g in problems]
+    eager = [eagerly(*pair) for pair in inputs]
+    batched = jax.jit(jax.vmap(eagerly))(*jax.tree.map(lambda *x: jnp.stack(x), *inputs))
+    for i, (rows, g) in enumerate(problems):
+        tol = bound(cases.unit_condition(case.matrix(rows)), dtype)
+        unit = UNITS if i == 2 else np.ones(P)
+        lane = jax.tree.map(lambda x: x[i], batched.value)  # noqa: B023
+        assert error(flat(lane) / unit, flat(eager[i].value) / unit) < tol or not RULES[rule].covariant
+        assert error(solve(solver, rule, *inputs[i]).value, eager[i].value) < bound(
+            reference(kind, rule, rows, g)[1], dtype
+        )
+        assert error(lane, eager[i].value) < bound(reference(kind, rule, rows, g)[1], dtype)
+
+
+@every_solver
+@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
+def test_dtype_in_is_dtype_out(solver, kind, half):
+    """Half-precision leaves are computed with in float32, and come back as they were."""
+    op = jax.tree.map(lambda x: x, OPERATORS[kind].build(ROWS, np.float32))
+    g = tree(RHS, np.float32) | {"a": jnp.asarray(RHS[:2], half)}
+    got = solvers.solve(op, g, solver=solver).value
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, g)
+    exact = np.linalg.solve(OPERATORS[kind].matrix(ROWS), flat(g))
+    assert error(got, exact) < float(jnp.finfo(half).eps)  # the rounding of the answer, not of the arithmetic
+    assert jax.tree.map(lambda x: x.dtype, op.mv(g)) == jax.tree.map(lambda x: x.dtype, g)
+
+
+@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["diagonal", "gram"])
+def test_half_precision_operators_accumulate_in_float32(kind, half):
+    rows = np.asarray(jnp.asarray(ROWS, half)).astype(float)
+    op = OPERATORS[kind].build(rows, half)
+    assert op.dense().dtype == np.float32
+    matrix = OPERATORS[kind].matrix(rows)
+    if kind == "diagonal":
+        matrix = np.diag(np.asarray(jnp.asarray(np.diag(matrix), half)).astype(float))
+    np.testing.assert_allclose(op.dense(), matrix, atol=20 * cases.eps(np.float32) * matrix.max())
+    got = solvers.solve(op, tree(RHS, half)).value
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(half)}
+
+
+@every_solver
+@every_rule
+def test_precision_is_kept(solver, kind, rule, dtype):
+    """float32 problems stay float32, also with x64 on."""
+    op = OPERATORS[kind].build(ROWS, dtype)
+    got = solve(solver, rule, op, tree(RHS, dtype)).value
+    assert {x.dtype for x in jax.tree.leaves((got, op.mv(got), op.dense(), op.diagonal()))} == {dtype}
+    assert op.norm(got).dtype == op.inner(got, got).dtype == dtype
+
+
+@every_solver
+@every_rule
+def test_leaf_order_does_not_matter(solver, kind, rule, dtype):
+    order = [3, 4, 0, 1, 2]
+    expected, condition = reference(kind, rule)
+    op = OPERATORS[kind].flat(ROWS[:, order], dtype)
+    got = solve(solver, rule, op, jnp.asarray(RHS[order], dtype)).value
+    assert error(got, expected[order]) < bound(condition, dtype)
+
+
+# Law 6.
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize("kind", ["dense", "gram"])
+@pytest.mark.parametrize(
+    ("solver", "damping"),
+    [
+        (solvers.cholesky(), None),
+        (None, None),
+        (solvers.eigh(), None),
+        (solvers.eigh(), ng.damping.relative(0.0)),
+        (solvers.eigh(), ng.damping.absolute(0.0)),
+    ],
+    ids=["cholesky", "auto", "eigh", "eigh relative", "eigh absolute"],
+)
+def test_singular_problems_solve_on_the_range(name, kind, solver, damping, dtype):
+    rows = SINGULAR[name]
+    matrix = rows.T @ rows
+    g = matrix @ VECTOR
+    got = solvers.solve(OPERATORS[kind].build(rows, dtype), tree(g, dtype), solver=solver, damping=damping)
+    assert np.isfinite(flat(got.value)).all() and bool(got.converged)
+    # Residual of λ = 8·p·eps, of rounding in G and g, amplified by the smallest eigenvalue in the range.
+    spread = np.linalg.cond(rows, 2) if name == "one sample" else _range_condition(matrix)
+    assert np.linalg.norm(matrix @ flat(got.value) - g) < bound(spread, dtype) * np.linalg.norm(g)
+    dead = int(np.sum(np.diag(matrix) == 0))
+    assert int(got.stats.dead) == dead
+    # Exactly 0 where D follows G; with D = I eigenvectors mix in a dead coordinate by rounding.
+    idle = np.abs(flat(got.value)[np.diag(matrix) == 0])
+    assert (idle <= (bound(spread, dtype) if isinstance(damping, ng.damping.Absolute) else 0)).all()
+
+
+def _range_condition(matrix):
+    values = np.linalg.eigvalsh(matrix)
+    kept = values[values > 1e-9 * values.max()]
+    return float(kept.max() / kept.min())
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+@pytest.mark.parametrize("kind", ["dense", "gram"])
+def test_eigh_has_minimum_norm_in_the_metric_of_the_damping(name, kind, dtype):
+    rows = SINGULAR[name]
+    matrix = rows.T @ rows
+    g = matrix @ VECTOR
+    op, tol = OPERATORS[kind].build(rows, dtype), bound(_range_condition(matrix), dtype)
+    least = lambda damping: solvers.solve(op, tree(g, dtype), solver=solvers.eigh(), damping=damping)
+    moore_penrose = least(ng.damping.absolute(0.0))
+    assert error(moore_penrose.value, np.linalg.pinv(matrix, rcond=1e-9, hermitian=True) @ g) < tol
+    root = np.sqrt(np.diag(matrix))
+    inverse = np.divide(1, root, where=root > 0, out=np.zeros(P))
+    scaled = inverse[:, None] * matrix * inverse
+    expected = inverse * (np.linalg.pinv(scaled, rcond=1e-9, hermitian=True) @ (inverse * g))
+    assert error(least(None).value, expected) < tol
+    assert int(moore_penrose.stats.rank) == int(least(None).stats.rank) == np.linalg.matrix_rank(matrix, rtol=1e-9)
+
+
+def test_only_eigh_reports_a_rank():
+    op, g = OPERATORS["gram"].build(ROWS, np.float32), tree(RHS, np.float32)
+    assert int(solvers.solve(op, g, solver=solvers.eigh()).stats.rank) == P
+    assert solvers.solve(op, g, solver=solvers.cholesky()).stats.rank is None
+
+
+def test_an_undamped_singular_cholesky_is_a_flag_not_an_answer(dtype):
+    op = ng.operators.Dense(jnp.asarray([[1.0, 1.0], [1.0, 1.0]], dtype))
+    got = solvers.solve(op, jnp.asarray([1.0, 2.0], dtype), solver=solvers.cholesky(), damping=0.0)
+    assert not bool(got.converged)
+
+
+@every_solver
+def test_a_matrix_of_zeros(solver, kind, dtype):
+    op = OPERATORS[kind].build(0 * ROWS, dtype)
+    got = solvers.solve(op, tree(RHS, dtype), solver=solver, damping=None)
+    assert not flat(got.value).any() and int(got.stats.dead) == P
+    damped = solvers.solve(op, tree(RHS, dtype), solver=solver, damping=ng.damping.absolute(0.5))
+    np.testing.assert_allclose(flat(damped.value), RHS / 0.5, rtol=4 * cases.eps(dtype))
+
+
+# Law 7.
+
+
+@every_solver
+@every_rule
+def test_zero_gradient_gives_zero(solver, kind, rule, dtype):
+    op = OPERATORS[kind].build(ROWS, dtype)
+    got = solve(solver, rule, op, tree(0 * RHS, dtype))
+    assert not flat(got.value).any() and bool(got.converged)
+
+
+@every_solver
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_flagged(solver, kind, bad, dtype):
+    good = OPERATORS[kind].build(ROWS, dtype)
+    spoiled = RHS.copy()
+    spoiled[1] = bad
+    assert not bool(solvers.solve(good, tree(spoiled, dtype), solver=solver).converged)
+    rows = ROWS.copy()
+    rows[0, 1] = bad
+    assert not bool(solvers.solve(OPERATORS[kind].build(rows, dtype), tree(RHS, dtype), solver=solver).converged)
+
+
+SHAPES = {
+    "empty": ({}, {}),
+    "None leaves": ({"a": None, "b": 2.0}, {"a": None, "b": 3.0}),
+    "scalar": (2.0, 3.0),
+    "p = 1": ([2.0], [3.0]),
+    "an empty leaf": ({"a": np.zeros(0), "b": 2.0}, {"a": np.zeros(0), "b": 3.0}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_small_trees(name, dtype):
+    """Diagonal 4 and a gradient of 3, in every shape that a tree with at most one number may have."""
+    root, g = (cases.cast(x, dtype) for x in SHAPES[name])
+    space = ng.operators.Diagonal(root).space
+    for op in (
+        operators.Diagonal(jax.tree.map(jnp.square, root)),
+        operators.Gram(jax.tree.map(lambda x: x[None], root)),
+        operators.Dense(4 * jnp.eye(space.size, dtype=dtype), space),
+    ):
+        for solver in (None, *([] if isinstance(op, operators.Diagonal) else [solvers.cholesky(), solvers.eigh()])):
+            got = solvers.solve(op, g, solver=solver)
+            assert jax.tree.structure(got.value) == jax.tree.structure(g)
+            np.testing.assert_allclose(flat(got.value), flat(g) / 4, rtol=8 * cases.eps(dtype))
+            assert bool(got.converged)
+        np.testing.assert_allclose(op.norm(g), 2 * np.linalg.norm(flat(g)), rtol=8 * cases.eps(dtype))
+
+
+# Bad input.
+
+
+def _solve(op, g=RHS, **options):
+    return lambda: solvers.solve(op(), jnp.asarray(g, jnp.float32), **options)
+
+
+_diagonal = lambda: operators.Diagonal(jnp.ones(P))
+_dense = lambda: operators.Dense(jnp.eye(P))
+_closed = lambda: ng.families.gaussian_full_rank(1).fisher(ng.families.gaussian_full_rank(1).init())
+
+MISTAKES = {
+    "diagonal solver, dense operator": (_solve(_dense, solver=solvers.diagonal()), TypeError, "diagonal.*Dense"),
+    "cholesky, diagonal operator": (_solve(_diagonal, solver=solvers.cholesky()), TypeError, "cholesky.*Diagonal"),
+    "eigh, closed operator": (_solve(_closed, solver=solvers.eigh()), TypeError, "eigh.*Closed"),
+    "closed solver, dense operator": (_solve(_dense, solver=solvers.closed()), TypeError, "closed.*Dense"),
+    "an array as operator": (_solve(lambda: jnp.eye(P)), TypeError, "wrap a matrix as operators.Dense"),
+    "damping a closed form": (_solve(_closed, damping=0.1), TypeError, "damping.*cholesky"),
+    "negative damping": (_solve(_dense, damping=-0.1), ValueError, "λ ≥ 0, got -0.1"),
+    "negative absolute damping": (lambda: ng.damping.absolute(-1.0), ValueError, "λ ≥ 0"),
+    "NaN damping": (lambda: ng.damping.trace(float("nan")), ValueError, "λ ≥ 0"),
+    "a vector of dampings": (lambda: ng.damping.relative(jnp.ones(2)), ValueError, r"shape \(2,\)"),
+    "a damping rule that was not called": (_solve(_dense, damping=ng.damping.relative), TypeError, "damping"),
+    "wrong length": (_solve(_dense, g=RHS[:2]), ValueError, r"rhs.*\(5,\).*\(2,\)"),
+    "wrong tree": (lambda: solvers.solve(_dense(), {"a": jnp.ones(P)}), ValueError, "rhs.*structure"),
+    "wrong tree in mv": (lambda: _diagonal().mv({"a": jnp.ones(P)}), ValueError, "v.*structure"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    call, kind, message = MISTAKES[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_traced_negative_damping_is_a_flag(dtype):
+    op, g = OPERATORS["dense"].build(ROWS, dtype), tree(RHS, dtype)
+    for solver in (solvers.cholesky(), solvers.eigh()):
+        fine = jax.jit(lambda strength: solvers.solve(op, g, solver=solver, damping=strength).converged)  # noqa: B023
+        assert bool(fine(0.5)) and not bool(fine(-0.5))
+
+
+def test_choices_that_differ_compare_as_different():
+    """Choices are static arguments: were two equal, `jit` would serve one with the program of the other."""
+    choices = [f() for f in (solvers.diagonal, solvers.closed, solvers.cholesky, solvers.eigh, solvers.auto)]
+    choices += [f(0.5) for f in (ng.damping.relative, ng.damping.absolute, ng.damping.trace)]
+    for i, a in enumerate(choices):
+        for j, b in enumerate(choices):
+            assert (a == b) == (i == j)
