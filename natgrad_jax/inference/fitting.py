@@ -115,8 +115,8 @@ def fit(
     result does not depend on the units of x: rescaled coordinates give the same ELBO curve. There is nothing to tune.
     Each step uses 2d draws, at least `min_draws`, in antithetic pairs along orthogonal directions; a step has a bounded
     exact KL divergence, is taken back if the ELBO falls by three standard errors, and cannot leave the family. It
-    stops when ½gᵀF⁻¹g, estimated without bias, and the noise floor are below `tol`, and returns an average of the last
-    iterates.
+    stops when ½gᵀF⁻¹g, estimated without bias, and the noise of the average are below `tol`, and returns an average of
+    the last iterates.
 
     Args:
         log_density: log p̃(x), or log p̃(x, data), for one x of shape (d,); nats, up to a constant. Compiled once per
@@ -202,7 +202,7 @@ def _run(
     def advance(carry: tuple[State, Array, PyTree]) -> tuple[State, Array, PyTree]:
         state, history, path = carry
         eps = whitened.orthogonal_draws(jax.random.fold_in(key, state.count), d, n, dtype)
-        new = whitened.step(target, state, eps, tol)
+        new = whitened.step(target, state, eps)
         if keep_path:
             path = jax.tree.map(lambda rows, x: rows.at[state.count].set(x), path, _params(new.base, init))
         return new, history.at[state.count].set(new.elbo), path

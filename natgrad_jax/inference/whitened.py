@@ -30,9 +30,10 @@ GROWTH = 4.0  # of the radius, while it binds and the gain is as predicted
 SHRINK = 8.0  # of the KL, after a rejection
 REJECT_AT = 3.0  # standard errors by which the ELBO must have fallen
 ERROR_GROWTH = 3.0  # cap on the new standard error, relative to the old: heavy tails must not excuse everything
-MEMORY = 0.7  # of the running means that decide when to stop
+MEMORY = 0.8  # of the running means that decide when to stop
+STALE = 10.0  # the running means are cut to this many times the larger of the last two ‖g‖²
 CLIP = 4.0  # a gradient above CLIP × the running mean of ‖g‖² is shortened to that
-AVERAGE_FROM = 20.0  # tolerances: the iterates are averaged once the gap is below this many
+NEAR = 0.35  # iterates are averaged while successive gradients have less than this part of ‖g‖² in common
 GIVE_UP_AFTER = 20  # evaluations in a row that are not finite
 
 
@@ -97,23 +98,27 @@ def start(frame: Frame) -> State:
     )  # fmt: skip
 
 
-def step(log_density: Callable[[Array], Array], state: State, eps: Array, tol: Array) -> State:
+def step(log_density: Callable[[Array], Array], state: State, eps: Array) -> State:
     """One evaluation of the gradient at `state.trial` with the draws `eps` (n, d), and the choice of the next trial."""
     elbo, error, gradient = evaluate(log_density, state.trial, eps)
     finite = jnp.isfinite(elbo) & _finite(gradient)
     first = finite & ~state.started
     error = jnp.where(first, error, jnp.minimum(error, ERROR_GROWTH * state.error))
     noise = jnp.hypot(error, state.error)
-    accept = finite & (first | (elbo >= state.elbo - REJECT_AT * noise))
+    fell = state.elbo - elbo
+    accept = finite & (first | (fell <= REJECT_AT * noise) | _unexplained(fell, gradient, state))
     later = accept & ~first
 
     gradient = _clipped(gradient, state)
-    norm = _inner(gradient, gradient)
+    norm, last_norm = _inner(gradient, gradient), _inner(state.gradient, state.gradient)
     gap = _inner(gradient, state.gradient)
-    # While the radius binds, the past says nothing about the noise at the optimum: forget it.
-    keep = jnp.where(state.bound & (state.radius >= FIRST_RADIUS), 0, MEMORY)
-    blend = lambda old, new: jnp.where(later, keep * old + (1 - keep) * new, old)  # noqa: E731
-    weight, mean_gap, mean_norm = blend(state.weight, 1.0), blend(state.gap, gap), blend(state.norm, norm)
+    # Where the radius bound, and where gradients were far longer, the past says nothing about the noise here.
+    keep = jnp.where(_far(state.bound, state.radius), 0, MEMORY)
+    limit = STALE * jnp.maximum(norm, last_norm) * state.weight
+    cut = keep * jnp.where(state.norm > limit, limit / jnp.where(state.norm > 0, state.norm, 1), 1)
+    blend = lambda keep, old, factor, new: jnp.where(later, factor * old + (1 - keep) * new, old)  # noqa: E731
+    weight = blend(keep, state.weight, keep, 1.0)
+    mean_gap, mean_norm = blend(keep, state.gap, cut, gap), blend(keep, state.norm, cut, norm)
     turns = state.turns + jnp.where(later & (gap < 0), 1, 0)
 
     as_predicted = elbo - state.elbo + noise > state.predicted / 2
@@ -130,7 +135,7 @@ def step(log_density: Callable[[Array], Array], state: State, eps: Array, tol: A
     trial, kl, size, moved_by = _advance(base, gradient, rate, radius)
     bound = size < rate
 
-    near = (turns >= 1) & ~bound & (weight > 0) & (mean_gap < AVERAGE_FROM * tol * weight)
+    near = (turns >= 1) & ~_far(bound, radius) & (weight > 0) & (mean_gap < NEAR * mean_norm)
     average = where(accept, _include(state.moved, near), state.average)
     # Without an accepted point there is nothing to go back to: try a narrower start.
     narrower = Frame(state.trial.loc, state.trial.factor / 2)
@@ -161,13 +166,12 @@ def step(log_density: Callable[[Array], Array], state: State, eps: Array, tol: A
 
 
 def converged(state: State, tol: Array) -> Array:
-    """Whether the gap to the optimum, and what noise and step size keep it from, are both below `tol` nats.
+    """Whether the gap to the optimum and the noise of the average are both below `tol` nats.
 
-    Near the optimum KL(q‖q*) ≈ ½‖g‖². The product of two independent estimates of g has no bias from their noise;
-    steps of size ρ with noise ‖g‖² hover at a distance of ¼ρ‖g‖².
+    Near the optimum KL(q‖q*) ≈ ½‖g‖². The product of two independent estimates of g has no bias from their noise.
+    With weights that grow as k² the noise of a mean of n estimates is 9/5 · ½‖g‖²/n.
     """
-    rate = 1 / (1 + state.turns / 4)
-    quiet = rate * state.norm / 4 < tol * state.weight
+    quiet = 0.9 * state.norm / jnp.maximum(state.average.count, 1) < tol * state.weight
     return (state.weight > 0) & (state.gap / 2 < tol * state.weight) & quiet
 
 
@@ -228,6 +232,21 @@ def _elbo(values: Array, frame: Frame, eps: Array) -> tuple[Array, Array]:
     return jnp.mean(gaps), jnp.std(pairs) / math.sqrt(max(n // 2 - 1, 1))
 
 
+def _unexplained(fell: Array, gradient: Gradient, state: State) -> Array:
+    """Whether a short step cannot have made the ELBO fall so far: then the estimate before it was a lucky one.
+
+    A step of length √(2 KL) changes the ELBO by at most the mean of both gradients' lengths times its own, to second
+    order. Heavy tails make lucky estimates, and too small standard errors, common.
+    """
+    lengths = jnp.sqrt(_inner(gradient, gradient)) + jnp.sqrt(_inner(state.gradient, state.gradient))
+    return (state.kl <= FIRST_RADIUS / SHRINK) & (fell > jnp.sqrt(2 * state.kl) * lengths / 2)
+
+
+def _far(bound: Array, radius: Array) -> Array:
+    """Whether the radius shortens steps, and is not just small after a rejection."""
+    return bound & (radius >= FIRST_RADIUS)
+
+
 def _clipped(gradient: Gradient, state: State) -> Gradient:
     """Shortened to √CLIP times the root mean square of those before: one heavy-tailed draw must not decide."""
     norm = _inner(gradient, gradient)
@@ -273,9 +292,9 @@ def _largest_step(values: Array, u: Array, rate: Array, radius: Array) -> Array:
 
 
 def _include(average: Average, near: Array) -> Average:
-    """The average with the frame's own q (A = I, b = 0) added, later ones weighing more; that q alone when not near."""
+    """The average with the frame's own q (A = I, b = 0) added, with weight k(k+1); that q alone when not near."""
     count = jnp.where(near, average.count + 1, 0)
-    share = jnp.where(near, 2 / (count + 1), 1)
+    share = jnp.where(near, 3 / (count + 2), 1)
     precision = (1 - share) * average.precision + share * _identity(average.precision)
     return Average(precision, (1 - share) * average.linear, count)
 
