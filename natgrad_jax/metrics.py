@@ -21,8 +21,8 @@ from natgrad_jax.operators import Dense, Diagonal, Gram
 LogProb = Callable[[PyTree, PyTree], Array]
 Metric = Callable[..., Any]
 
-# Below this many parameters forward mode is cheaper than reverse: measured by `python -m benchmarks jacobian`.
-FORWARD_UP_TO = 8
+# One output a point: up to this many parameters forward mode is no slower than reverse. `python -m benchmarks jacobian`
+FORWARD_UP_TO = 1
 
 
 def scales(s: PyTree) -> Metric:
@@ -127,7 +127,8 @@ def fisher_matrix(
         log_prob: log_prob(params, x) for one x: a real scalar, in nats.
         params: pytree of real floating-point leaves, p numbers in all.
         support: every x on the leading axis (of each leaf), n points.
-        jac: "fwd" (p tangents at a time, cheaper for few parameters), "rev" (one gradient a point) or "auto".
+        jac: "rev" (one gradient a point), "fwd" (p tangents; for a log_prob that has no reverse mode, such as one with
+            a `while_loop`) or "auto" ("rev", but for a single parameter).
         normalized: whether Σ_x q(x) = 1. With False, log_prob is log φ and F = Cov_q(∂log φ), q = φ/Σφ: the scores
             are centred before they are contracted.
         chunk_size: points per chunk; memory O(p² + chunk_size·p) instead of O(n·p).

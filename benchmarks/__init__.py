@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks NAME`. Two things side by side in one process, accuracy beside time."""
