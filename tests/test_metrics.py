@@ -189,12 +189,14 @@ def test_mistakes_are_named(name):
         call()
 
 
+@pytest.mark.parametrize("jac", ["fwd", "rev"])
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_not_normalised_is_nan_where_it_cannot_be_read(chunk_size, dtype):
+def test_not_normalised_is_nan_where_it_cannot_be_read(chunk_size, jac, dtype):
     """Compilers fold selections of constants into what follows: the NaN must reach the result, and only it."""
     free = lambda t, k: t[k]
-    matrix = jax.jit(lambda t: ng.fisher_matrix(free, t, THREE, chunk_size=chunk_size))
-    dense = jax.jit(lambda t: metrics.fisher(free, THREE, chunk_size=chunk_size)(t).dense())
+    options = {"chunk_size": chunk_size, "jac": jac}
+    matrix = jax.jit(lambda t: ng.fisher_matrix(free, t, THREE, **options))
+    dense = jax.jit(lambda t: metrics.fisher(free, THREE, **options)(t).dense())
     for logits in (LOGITS, np.array([0.1, 0.2, 0.3])):
         # Rows are multiples of unit vectors, so that off the diagonal NaN meets an exact zero.
         assert np.isnan(np.diag(matrix(jnp.asarray(logits, dtype)))).all()

@@ -164,6 +164,20 @@ def test_rows_whose_squares_underflow_still_solve(solver, rule, dtype):
         assert error(flat(got.value) * c, expected) < bound(condition, dtype)
 
 
+@pytest.mark.parametrize("solver", [solvers.diagonal(), None], ids=["diagonal", "auto"])
+def test_a_diagonal_of_any_size_solves(solver, dtype):
+    """Entries over most of the float range; λ·D, its root and g/G must neither overflow nor underflow on the way."""
+    low, high = (1e-30, 1e30) if dtype == np.float32 else (1e-290, 1e290)
+    entries, g = np.array([low, 1.0, high, low, high]), np.array([low, 3.0, high, 2 * low * 1e-5, 1e-5 * high])
+    rules = {"relative": (0.5, 1.5 * entries), "absolute": (ng.damping.absolute(high), entries + high)}
+    rules["none"] = (None, entries)
+    for damping, total in rules.values():
+        got = solvers.solve(ng.operators.Diagonal(tree(entries, dtype)), tree(g, dtype), solver=solver, damping=damping)
+        kept = g / total >= float(jnp.finfo(dtype).tiny)  # results below it are flushed
+        np.testing.assert_allclose(flat(got.value)[kept], (g / total)[kept], rtol=8 * cases.eps(dtype))
+        assert bool(got.converged) and kept.sum() >= 3
+
+
 @every_operator
 def test_norms_neither_overflow_nor_underflow(kind, dtype):
     op, matrix = OPERATORS[kind].build(ROWS, dtype), OPERATORS[kind].matrix(ROWS)
