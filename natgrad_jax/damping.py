@@ -63,7 +63,8 @@ def relative(strength: Number) -> Relative:
         >>> import jax.numpy as jnp
         >>> import natgrad_jax as ng
         >>> G = ng.operators.Diagonal(jnp.array([4.0, 1.0]))
-        >>> ng.solvers.solve(G, jnp.array([4.0, 1.0]), damping=ng.damping.relative(1.0)).value.tolist()
+        >>> solution = ng.solvers.solve(G, jnp.array([4.0, 1.0]), damping=ng.damping.relative(1.0))
+        >>> [round(float(x), 6) for x in solution.value]
         [0.5, 0.5]
     """
     return Relative(_checked(strength))

@@ -68,7 +68,7 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
         >>> import jax.numpy as jnp
         >>> import natgrad_jax as ng
         >>> G = ng.operators.Dense(jnp.array([[2.0, 0.0], [0.0, 4.0]]))
-        >>> ng.solvers.solve(G, jnp.array([2.0, 2.0])).value.tolist()
+        >>> [round(float(x), 6) for x in ng.solvers.solve(G, jnp.array([2.0, 2.0])).value]
         [1.0, 0.5]
     """
     solver = auto() if solver is None else solver
