@@ -42,8 +42,8 @@ class Space(NamedTuple):
         other = Space.of(tree)
         if (other.treedef, other.shapes) != (self.treedef, self.shapes):
             raise ValueError(
-                f"{name}: expected the structure and shapes of the parameters, {self._describe()}, "
-                f"got {other._describe()}. Differentiate the loss with respect to the same pytree that the metric sees."
+                f"{name}: expected the structure and shapes of the parameters, {self}, got {other}. "
+                "Differentiate the loss with respect to the same pytree that the metric sees."
             )
 
     def ravel(self, tree: PyTree) -> Array:
@@ -60,7 +60,7 @@ class Space(NamedTuple):
             start = stop
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def _describe(self) -> str:
+    def __str__(self) -> str:
         return str(jax.tree.unflatten(self.treedef, self.shapes)) if self.shapes else str(self.treedef)
 
 

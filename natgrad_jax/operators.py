@@ -94,7 +94,10 @@ class Dense:
     @property
     def space(self) -> Space:
         """The space of the vectors that G acts on."""
-        return Space.of(self.matrix[..., 0]) if self.like is None else self.like
+        shape = jnp.shape(self.matrix)
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(f"matrix: expected a square matrix (p, p), got shape {shape}")
+        return self.like or Space.of(jax.ShapeDtypeStruct(shape[:1], self.matrix.dtype))
 
     def mv(self, v: PyTree) -> PyTree:
         """Gv, with the dtypes of v."""

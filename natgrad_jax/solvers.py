@@ -72,6 +72,7 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
         [1.0, 0.5]
     """
     solver = auto() if solver is None else solver
+    getattr(operator, "space", Space.of(rhs)).check(rhs, "rhs")
     return solver.apply(solver.factor(operator, damping_rules.as_rule(damping)), rhs)
 
 
@@ -234,8 +235,9 @@ class Eigh:
         direction = _divide(_divide(vectors @ inner, size), root)
         # A matrix of zeros: no curvature to divide by but λ itself.
         empty = _divide(_divide(_divide(space.ravel(rhs), root), root), jnp.broadcast_to(strength, root.shape))
-        # Comparisons with NaN are false, and would keep no direction: a plausible 0.
-        bad = jnp.where(jnp.isfinite(strength) & (strength >= 0) & jnp.all(jnp.isfinite(values)), 0, jnp.nan)
+        # Comparisons with NaN are false, and would keep no direction: a plausible 0. So would an indefinite matrix.
+        definite = jnp.min(values + _divide(_divide(strength, size), size), initial=0.0) >= -8 * cut
+        bad = jnp.where(definite & jnp.isfinite(strength) & (strength >= 0) & jnp.all(jnp.isfinite(values)), 0, jnp.nan)
         dead = jnp.sum((root == 0) | ((scale == 0) & (strength == 0)))
         return _solution(
             space, jnp.where(size > 0, direction, empty) + bad, rhs, dead, jnp.sum(values > cut).astype(jnp.int32)

@@ -157,6 +157,7 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
             )
         Space.of(params).check(updates, "grads")
         operator = metric(params, **{data: extra_args[data] for data in (*required, *optional) if data in extra_args})
+        _check_operator(operator, params, name)
         return inner.update(updates, state, params, **{**extra_args, "operator": operator})
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
@@ -324,6 +325,21 @@ def retract(family: Any) -> Transformation:
         return cast_like(jax.tree.map(jnp.subtract, target, params), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+def _check_operator(operator: Any, params: PyTree, name: str) -> None:
+    space = getattr(operator, "space", None)
+    if space is None:
+        raise TypeError(
+            f"metric: {name} returned {type(operator).__name__}, expected one of natgrad_jax.operators; "
+            "wrap a (p, p) matrix as operators.Dense(matrix), rows as operators.Gram(rows)."
+        )
+    wanted = Space.of(params)
+    if (space.treedef, space.shapes) != (wanted.treedef, wanted.shapes):
+        raise ValueError(
+            f"metric: {name} returned an operator on vectors {space}, the parameters are {wanted}. A matrix over a "
+            "pytree is Dense(matrix, operators.Space.of(params)), in ravel_pytree order."
+        )
 
 
 def _data_names(metric: Metric, name: str) -> tuple[list[str], list[str]]:

@@ -409,15 +409,21 @@ def _solve(op, g=RHS, **options):
 
 _diagonal = lambda: operators.Diagonal(jnp.ones(P))
 _dense = lambda: operators.Dense(jnp.eye(P))
-_closed = lambda: ng.families.gaussian_full_rank(1).fisher(ng.families.gaussian_full_rank(1).init())
+
+
+def _solve_closed(**options):
+    fam = ng.families.gaussian_full_rank(1)
+    return lambda: solvers.solve(fam.fisher(fam.init()), fam.init(), **options)
+
 
 MISTAKES = {
     "diagonal solver, dense operator": (_solve(_dense, solver=solvers.diagonal()), TypeError, "diagonal.*Dense"),
     "cholesky, diagonal operator": (_solve(_diagonal, solver=solvers.cholesky()), TypeError, "cholesky.*Diagonal"),
-    "eigh, closed operator": (_solve(_closed, solver=solvers.eigh()), TypeError, "eigh.*Closed"),
+    "eigh, closed operator": (_solve_closed(solver=solvers.eigh()), TypeError, "eigh.*Closed"),
     "closed solver, dense operator": (_solve(_dense, solver=solvers.closed()), TypeError, "closed.*Dense"),
     "an array as operator": (_solve(lambda: jnp.eye(P)), TypeError, "wrap a matrix as operators.Dense"),
-    "damping a closed form": (_solve(_closed, damping=0.1), TypeError, "damping.*cholesky"),
+    "damping a closed form": (_solve_closed(damping=0.1), TypeError, "damping.*cholesky"),
+    "a matrix that is not square": (_solve(lambda: operators.Dense(jnp.ones((5, 2)))), ValueError, r"square.*\(5, 2\)"),
     "negative damping": (_solve(_dense, damping=-0.1), ValueError, "λ ≥ 0, got -0.1"),
     "negative absolute damping": (lambda: ng.damping.absolute(-1.0), ValueError, "λ ≥ 0"),
     "NaN damping": (lambda: ng.damping.trace(float("nan")), ValueError, "λ ≥ 0"),
@@ -441,6 +447,14 @@ def test_a_traced_negative_damping_is_a_flag(dtype):
     for solver in (solvers.cholesky(), solvers.eigh()):
         fine = jax.jit(lambda strength: solvers.solve(op, g, solver=solver, damping=strength).converged)  # noqa: B023
         assert bool(fine(0.5)) and not bool(fine(-0.5))
+
+
+def test_an_indefinite_matrix_is_a_flag(dtype):
+    """Not a metric: no solver may make a plausible step of it, unless the damping makes it one."""
+    op, g = operators.Dense(jnp.asarray([[1.0, 2.0], [2.0, 1.0]], dtype)), jnp.ones(2, dtype)
+    for solver in (None, solvers.cholesky(), solvers.eigh()):
+        assert not bool(solvers.solve(op, g, solver=solver).converged)
+        assert bool(solvers.solve(op, g, solver=solver, damping=2.0).converged)
 
 
 def test_choices_that_differ_compare_as_different():

@@ -418,6 +418,13 @@ MISTAKES = {
     "gradients of another tree": (_update(_scales, g={"a": THETA}), ValueError, "grads.*structure"),
     "gradients of another shape": (_update(_scales, g=np.ones(3, np.float32)), ValueError, r"grads.*\(2,\).*\(3,\)"),
     "missing data": (_update(ng.scale_by_metric(gram)), TypeError, "batch: the metric gram needs it"),
+    "a metric that returns an array": (
+        _update(ng.scale_by_metric(lambda p: jnp.eye(2))), TypeError, r"wrap a \(p, p\) matrix"
+    ),
+    "a matrix of another size": (
+        _update(ng.scale_by_metric(lambda p: ng.operators.Dense(jnp.eye(3)))),
+        ValueError, r"operator on vectors \(3,\).*Space.of",
+    ),
     "metric with **kwargs": (lambda: ng.scale_by_metric(_with_kwargs), TypeError, r"_with_kwargs takes \*\*kwargs"),
     "reserved name": (lambda: ng.scale_by_metric(_reserved), TypeError, "'value', a reserved name"),
     "wrapping adam": (lambda: transforms.with_metric(gram, optax.adam(0.1)), TypeError, "chain other optax"),
