@@ -25,7 +25,7 @@ def one(d: int, repeats: int) -> dict[str, Any]:
     lower = jnp.tril(jax.random.normal(keys[0], (d, d))) / d + jnp.eye(d)
     params = family.init(scale=lower)
     grad = family.init(loc=jax.random.normal(keys[1], (d,)), scale=jnp.tril(jax.random.normal(keys[2], (d, d))))
-    solve = jax.jit(lambda params, grad: family.fisher(params).solve(grad))
+    solve = jax.jit(lambda params, grad: ng.solvers.solve(family.fisher(params), grad).value)
     three = jax.jit(lambda a, b: a @ (a.T @ (a @ b)))
     precision = jnp.linspace(0.5, 2.0, d)
     log_density = lambda x: -0.5 * x @ (precision * x) - 0.1 * jnp.sum(jnp.square(x) ** 2)

@@ -1,17 +1,23 @@
 """Pytree arithmetic: the flat view of a pytree, safe norms, sums in bounded memory."""
 
+import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax import Array
 
 PyTree = Any
 
 
-class Space(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Space:
     """Structure, shapes and dtypes of a pytree: what is needed to go to flat vectors and back.
 
     Hashable, so it may be static data of an operator. The order is that of `jax.flatten_util.ravel_pytree`.
@@ -38,26 +44,48 @@ class Space(NamedTuple):
         return accumulator(*self.dtypes)
 
     def check(self, tree: PyTree, name: str) -> None:
-        """Raise a `ValueError` that names `name` unless `tree` has this structure and these shapes."""
+        """Raise, naming `name`, unless `tree` has this structure and these shapes, and complex leaves where G does."""
         other = Space.of(tree)
         if (other.treedef, other.shapes) != (self.treedef, self.shapes):
             raise ValueError(
                 f"{name}: expected the structure and shapes of the parameters, {self}, got {other}. "
                 "Differentiate the loss with respect to the same pytree that the metric sees."
             )
+        for dtype, mine in zip(other.dtypes, self.dtypes, strict=True):
+            if is_complex(mine) and not is_complex(dtype):
+                raise TypeError(
+                    f"{name}: the operator is complex, got {dtype}. For real parameters of a complex function take "
+                    "real rows, Gram.from_samples(rows, real_parameters=True)."
+                )
 
     def ravel(self, tree: PyTree) -> Array:
         """The leaves of `tree`, concatenated to one flat vector of shape (p,)."""
-        parts = [jnp.ravel(x).astype(self.dtype) for x in jax.tree.leaves(tree)]
-        return jnp.concatenate(parts) if parts else jnp.zeros((0,), self.dtype)
+        leaves = jax.tree.leaves(tree)
+        if len({is_complex(jnp.result_type(x)) for x in leaves}) == 2:
+            raise TypeError(
+                "params: real and complex leaves in one vector, of which only a complex solve could make one. Write "
+                "the complex leaves as real and imaginary parts, or give each kind an operator of its own (Blocks)."
+            )
+        dtype = accumulator(*self.dtypes, *(jnp.result_type(x) for x in leaves))
+        parts = [jnp.ravel(x).astype(dtype) for x in leaves]
+        return parts[0] if len(parts) == 1 else jnp.concatenate([jnp.zeros((0,), dtype), *parts])
 
     def unravel(self, vector: Array) -> PyTree:
-        """A flat vector of shape (p,), cut into leaves of this structure; inverse of `ravel`."""
-        leaves, start = [], 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            stop = start + math.prod(shape)
-            leaves.append(vector[start:stop].reshape(shape).astype(dtype))
-            start = stop
+        """A flat vector of shape (p,), cut into leaves of this structure and of the vector's dtype."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes), initial=0))
+        pieces = [vector[i:j] for i, j in itertools.pairwise(ends)] if len(self.shapes) > 1 else [vector]
+        leaves = [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=False)]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def structs(self) -> PyTree:
+        """A `jax.ShapeDtypeStruct` in the place of each leaf."""
+        leaves = [jax.ShapeDtypeStruct(*both) for both in zip(self.shapes, self.dtypes, strict=True)]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def indices(self) -> PyTree:
+        """The place of every entry in the flat vector, as numpy arrays."""
+        ends = itertools.accumulate(map(math.prod, self.shapes), initial=0)
+        leaves = [start + np.arange(math.prod(shape)).reshape(shape) for start, shape in zip(ends, self.shapes)]
         return jax.tree.unflatten(self.treedef, leaves)
 
     def __str__(self) -> str:
@@ -69,9 +97,46 @@ def accumulator(*dtypes: Any) -> Any:
     return jnp.result_type(jnp.float32, *dtypes)
 
 
+def is_complex(dtype: Any) -> bool:
+    """Whether numbers of this dtype are complex."""
+    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+def real_dtype(dtype: Any) -> Any:
+    """The dtype of |x|."""
+    return jnp.finfo(dtype).dtype
+
+
+def raised(tree: PyTree) -> PyTree:
+    """`tree` with half precision raised to float32."""
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator(jnp.result_type(x))), tree)
+
+
+def seen(mask: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with `optax.MaskedNode()` where `mask`, a pytree of booleans or a prefix of one, is False."""
+    return jax.tree.map(lambda keep, part: part if keep else optax.MaskedNode(), mask, tree)
+
+
+def unmasked(tree: PyTree) -> PyTree:
+    """The mask of a tree that `optax.masked` or `partition` made: False in the place of each `MaskedNode`."""
+    is_hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda x: not is_hidden(x), tree, is_leaf=is_hidden)
+
+
+def vdot(u: PyTree, v: PyTree) -> Array:
+    """Re uᴴv."""
+    parts = jax.tree.map(lambda x, y: jnp.real(jnp.vdot(x, y)), u, v)
+    return jnp.asarray(sum(jax.tree.leaves(parts), start=0.0))
+
+
 def ravel(tree: PyTree) -> Array:
     """`tree` as one flat vector."""
     return Space.of(tree).ravel(tree)
+
+
+def diagonal(matrix: Array) -> Array:
+    """The diagonal of a square matrix, as a slice: `jnp.diagonal` compiles to a gather, which XLA does not fuse."""
+    return jax.lax.slice(jnp.reshape(matrix, -1), (0,), (matrix.size,), (matrix.shape[0] + 1,))
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
@@ -88,6 +153,12 @@ def all_finite(tree: PyTree) -> Array:
 def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     """`jnp.where` leaf by leaf."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def largest(tree: PyTree) -> Array:
+    """max |x| over all entries of all leaves; 0 for an empty tree."""
+    parts = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(parts)) if parts else jnp.zeros(())
 
 
 def norm(vector: Array) -> Array:
@@ -117,18 +188,23 @@ def leading_axis(tree: PyTree, name: str) -> int:
 def chunked_sum(f: Callable[[PyTree], PyTree], xs: PyTree, chunk_size: int | None) -> PyTree:
     """f(xs), for an f that sums over the leading axis of `xs`, evaluated `chunk_size` points at a time.
 
-    Memory is that of one chunk, also under reverse-mode differentiation (each chunk is recomputed).
+    Memory is that of one chunk, also under reverse-mode differentiation (each chunk is recomputed). On a CPU alone XLA
+    makes a float32 copy of all of a bfloat16 array that is taken in parts.
     """
     n = leading_axis(xs, "support")
     if chunk_size is None or chunk_size >= n:
         return f(xs)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive number of points or None, got {chunk_size}")
-    whole = n // chunk_size * chunk_size
-    chunks = jax.tree.map(lambda x: jnp.reshape(x[:whole], (-1, chunk_size, *jnp.shape(x)[1:])), xs)
-    step = jax.checkpoint(f)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, jax.tree.map(lambda x: x[0], chunks)))
-    total, _ = jax.lax.scan(lambda acc, chunk: (jax.tree.map(jnp.add, acc, step(chunk)), None), start, chunks)
-    if whole < n:
-        total = jax.tree.map(jnp.add, total, f(jax.tree.map(lambda x: x[whole:], xs)))
-    return total
+    return sum_of_parts(
+        lambda start, size: f(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), xs)), n, chunk_size
+    )
+
+
+def sum_of_parts(part: Callable[[Array | int, int], PyTree], n: int, size: int) -> PyTree:
+    """Σ part(start, length) over the stretches of `size` of 0 … n - 1, one after the other, and the shorter rest."""
+    whole, rest = divmod(n, size)
+    step = jax.checkpoint(lambda i: part(i * size, size))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, 0))
+    total, _ = jax.lax.scan(lambda acc, i: (jax.tree.map(jnp.add, acc, step(i)), None), zero, jnp.arange(whole))
+    return jax.tree.map(jnp.add, total, part(n - rest, rest)) if rest else total

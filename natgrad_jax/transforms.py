@@ -18,7 +18,7 @@ from jax import Array
 
 from natgrad_jax import damping as damping_rules
 from natgrad_jax import solvers
-from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, concrete, where
+from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, concrete, unmasked, where
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.metrics import Metric
 
@@ -35,6 +35,7 @@ class PreconditionState(NamedTuple):
         converged: whether the last solve was.
         dead: coordinates without curvature at the last solve; their step is 0.
         rank: numerical rank at the last solve, −1 where the solver does not know it.
+        direction: the last one that was taken, where the solver starts from it (`cg(warm_start=True)`); else None.
     """
 
     count: Array  # type: ignore[assignment]
@@ -42,6 +43,7 @@ class PreconditionState(NamedTuple):
     converged: Array
     dead: Array
     rank: Array
+    direction: PyTree = None
 
 
 class TrustRegionState(NamedTuple):
@@ -68,8 +70,9 @@ class ScaleStepState(NamedTuple):
 def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> Transformation:
     """d = (G + λD)⁻¹g with the sign of the gradient: the innermost piece.
 
-    `update` takes `operator` (G), and `damping` (a number, the λ of this call in place of the rule's own). A step that
-    is not finite is not taken: zero direction, counted in `skipped`.
+    `update` takes `operator` (G), `damping` (a number, the λ of this call in place of the rule's own) and `residual`
+    (the sample-space e with g = Aᴴe, for a solver on rows; else the operator's own). A step that is not finite is not
+    taken: zero direction, counted in `skipped`. One that has not converged is taken, and flagged in `converged`.
 
     Args:
         solver: one of `solvers`; None picks by structure.
@@ -86,13 +89,14 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
     """
     solver = solvers.auto() if solver is None else solver
     rule = damping_rules.as_rule(damping)
+    warm = getattr(solver, "warm_start", False)
     if not (hasattr(solver, "factor") and hasattr(solver, "apply")):
         raise TypeError(f"solver: expected one of natgrad_jax.solvers, such as solvers.eigh(), got {solver!r}")
 
     def init_fn(params: PyTree) -> PreconditionState:
-        del params
         zero = jnp.zeros((), jnp.int32)
-        return PreconditionState(zero, zero, jnp.asarray(True), zero, zero - 1)
+        start = jax.tree.map(jnp.zeros_like, params) if warm else None
+        return PreconditionState(zero, zero, jnp.asarray(True), zero, zero - 1, start)
 
     def update_fn(
         updates: PyTree,
@@ -101,14 +105,21 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         *,
         operator: Any = None,
         damping: Number | None = None,
+        residual: Array | None = None,
+        full_params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, PreconditionState]:
-        del params, extra_args
+        del extra_args
         if operator is None:
             raise TypeError("operator: precondition needs update(..., operator=G); wrap it in with_metric(metric, ...)")
         operator.space.check(updates, "grads")
-        solution = solver.apply(solver.factor(operator, rule), updates, damping)
-        fine = solution.converged & all_finite(solution.value) & all_finite(updates)
+        resolved = damping_rules.at(rule, params, full_params)
+        given = {"residual": residual, "guess": state.direction}
+        options = {name: x for name, x in given.items() if x is not None}
+        factored = solver.factor(operator, resolved)
+        solution = solvers.implicit(solver, factored, operator, resolved, updates, damping, **options)
+        # A truncated solve is applied and flagged; one that is not finite is not taken.
+        fine = all_finite(solution.value) & all_finite(updates)
         value = where(fine, solution.value, jax.tree.map(jnp.zeros_like, solution.value))
         rank = jnp.asarray(-1, jnp.int32) if solution.stats.rank is None else solution.stats.rank
         return value, PreconditionState(
@@ -117,6 +128,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
             converged=solution.converged,
             dead=solution.stats.dead,
             rank=rank,
+            direction=where(fine, cast_like(value, state.direction), state.direction) if warm else None,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -126,6 +138,10 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
     """Evaluates `metric(params, **data)` once per update and hands the operator to `inner`.
 
     The metric's keyword-only parameters name the data that `update` must be given; exactly those are forwarded.
+
+    Inside `optax.masked` or `partition`, where a part of the parameters is hidden, `update` must also be given
+    `full_params=params`: the metric is evaluated at all of them, and the block of G that belongs to the visible ones is
+    solved.
 
     Args:
         metric: metric(params, **data) -> operator.
@@ -147,7 +163,14 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
     required, optional = _data_names(metric, name)
     _require_operator_argument(inner, "with_metric")
 
-    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        full_params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("params: a metric is evaluated at the parameters; call update(grads, state, params)")
         missing = [data for data in required if data not in extra_args]
@@ -156,9 +179,21 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
                 f"{missing[0]}: the metric {name} needs it; call update(grads, state, params, {missing[0]}=...)"
             )
         Space.of(params).check(updates, "grads")
-        operator = metric(params, **{data: extra_args[data] for data in (*required, *optional) if data in extra_args})
-        _check_operator(operator, params, name)
-        return inner.update(updates, state, params, **{**extra_args, "operator": operator})
+        mask = unmasked(params)
+        whole = all(jax.tree.leaves(mask))
+        if not whole and full_params is None:
+            raise TypeError(
+                f"full_params: a part of the parameters is hidden (optax.masked, partition), and the metric {name} is "
+                "evaluated at all of them; call update(grads, state, params, full_params=params)"
+            )
+        everything = params if whole else full_params
+        data = {key: extra_args[key] for key in (*required, *optional) if key in extra_args}
+        operator = metric(everything, **data)
+        _check_operator(operator, everything, name)
+        given = {"residual": getattr(operator, "residual", None)} | extra_args
+        if not whole:
+            operator, given["full_params"] = operator.restrict(mask), full_params
+        return inner.update(updates, state, params, **{**given, "operator": operator})
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 

@@ -76,7 +76,7 @@ class OperatorCase(NamedTuple):
     """An operator from its rows, and the same matrix in numpy."""
 
     build: Callable[[np.ndarray, Any], Any]  # (rows, dtype) -> operator on trees
-    flat: Callable[[np.ndarray, Any], Any]  # the same on flat vectors
+    flat: Callable[[np.ndarray, Any], Any] | None  # the same on flat vectors
     matrix: Callable[[np.ndarray], np.ndarray]
 
 
@@ -84,33 +84,104 @@ def _space(dtype):
     return ng.operators.Diagonal(tree(np.ones(P), dtype)).space
 
 
+def _linear(params, rows):
+    parts = jax.tree.map(lambda x, row: jnp.tensordot(row, x, jnp.ndim(x)), params, rows)
+    return sum(jax.tree.leaves(parts))
+
+
+def _squares(rows):
+    return (rows**2).sum(0)
+
+
+def _sum(whole, half):
+    return ng.operators.add(ng.operators.scale(2.0, half), whole)
+
+
+def _blocks(rows, dtype):
+    a, b, c = rows[:, :2], rows[:, 2], rows[:, 3:]
+    space = ng.operators.Space.of(jnp.zeros((1, 2), dtype))
+    return ng.operators.Blocks({
+        "a": ng.operators.Gram(jnp.asarray(a, dtype)),
+        "b": ng.operators.Diagonal(jnp.asarray(b @ b, dtype)),
+        "c": ng.operators.Dense(jnp.asarray(c.T @ c, dtype), space),
+    })  # fmt: skip
+
+
+def _kronecker(rows, dtype):
+    a, b, c = rows[:, :2], rows[:, 2:3], rows[:, 3:]
+    left, right = (
+        {"a": a.T @ a, "b": b.T @ b, "c": np.ones((1, 1))},
+        {"a": np.ones((1, 1)), "b": np.ones((1, 1)), "c": c.T @ c},
+    )
+    return ng.operators.Kronecker(cast(left, dtype), cast(right, dtype), _space(dtype))
+
+
+def _block_diagonal(rows):
+    matrix = rows.T @ rows
+    return matrix * (np.array([0, 0, 1, 2, 2])[:, None] == np.array([0, 0, 1, 2, 2]))
+
+
+def _of_rows(build, n=None):
+    """Operators that are built on rows alone: on a tree, on flat vectors, and their matrix."""
+    return OperatorCase(
+        lambda rows, dtype: build(tree(rows[:n], dtype)),
+        lambda rows, dtype: build(jnp.asarray(rows[:n], dtype)),
+        lambda rows: rows[:n].T @ rows[:n],
+    )
+
+
+def _implicit(rows):
+    squares = jax.tree.map(lambda x: jnp.sum(x**2, axis=0), rows)
+    return ng.operators.Implicit(_linear, jax.tree.map(jnp.zeros_like, squares), rows, diag=squares)
+
+
 OPERATORS = {
     "diagonal": OperatorCase(
-        lambda rows, dtype: ng.operators.Diagonal(tree((rows**2).sum(0), dtype)),
-        lambda rows, dtype: ng.operators.Diagonal(jnp.asarray((rows**2).sum(0), dtype)),
-        lambda rows: np.diag((rows**2).sum(0)),
+        lambda rows, dtype: ng.operators.Diagonal(tree(_squares(rows), dtype)),
+        lambda rows, dtype: ng.operators.Diagonal(jnp.asarray(_squares(rows), dtype)),
+        lambda rows: np.diag(_squares(rows)),
     ),
     "dense": OperatorCase(
         lambda rows, dtype: ng.operators.Dense(jnp.asarray(rows.T @ rows, dtype), _space(dtype)),
         lambda rows, dtype: ng.operators.Dense(jnp.asarray(rows.T @ rows, dtype)),
         lambda rows: rows.T @ rows,
     ),
-    "gram": OperatorCase(
-        lambda rows, dtype: ng.operators.Gram(tree(rows, dtype)),
-        lambda rows, dtype: ng.operators.Gram(jnp.asarray(rows, dtype)),
-        lambda rows: rows.T @ rows,
+    "gram": _of_rows(ng.operators.Gram),
+    "square gram": _of_rows(ng.operators.Gram, P),  # as many rows as parameters: the least for a unique solution
+    "implicit": _of_rows(_implicit),
+    "low rank": OperatorCase(
+        lambda rows, dtype: ng.operators.LowRank(tree(_squares(rows[3:]), dtype), tree(rows[:3], dtype)),
+        lambda rows, dtype: ng.operators.LowRank(jnp.asarray(_squares(rows[3:]), dtype), jnp.asarray(rows[:3], dtype)),
+        lambda rows: np.diag(_squares(rows[3:])) + rows[:3].T @ rows[:3],
     ),
-}
+    "sum": OperatorCase(
+        lambda rows, dtype: _sum(*(OPERATORS[kind].build(rows, dtype) for kind in ("dense", "gram"))),
+        lambda rows, dtype: _sum(*(OPERATORS[kind].flat(rows, dtype) for kind in ("dense", "gram"))),
+        lambda rows: 3 * rows.T @ rows,
+    ),
+    "blocks": OperatorCase(_blocks, None, _block_diagonal),
+    "kronecker": OperatorCase(_kronecker, None, _block_diagonal),
+}  # fmt: skip
 
 # (solver, operator) that go together; None is the choice by structure.
+_cg = ng.solvers.cg(1e-12)
 SOLVERS = [
     (ng.solvers.diagonal(), "diagonal"),
     (ng.solvers.cholesky(), "dense"),
     (ng.solvers.cholesky(), "gram"),
+    (ng.solvers.cholesky(), "implicit"),
     (ng.solvers.eigh(), "dense"),
     (ng.solvers.eigh(), "gram"),
+    (ng.solvers.qr(), "gram"),
+    (ng.solvers.row_space(), "square gram"),
+    (ng.solvers.woodbury(), "low rank"),
+    (ng.solvers.kronecker(), "kronecker"),
+    (ng.solvers.blockwise(), "blocks"),
+    (_cg, "gram"),
+    (_cg, "implicit"),
     (ng.solvers.auto(), "diagonal"),
     (None, "gram"),
+    (None, "sum"),
 ]
 
 
@@ -127,7 +198,6 @@ RULES = {
     "none": RuleCase(None, lambda g: np.zeros(len(g)), True, True),
     "zero": RuleCase(0.0, lambda g: np.zeros(len(g)), True, True),
     "number": RuleCase(0.25, lambda g: 0.25 * np.diag(g), True, True),
-    "relative": RuleCase(ng.damping.relative(0.5), lambda g: 0.5 * np.diag(g), True, True),
     "trace": RuleCase(ng.damping.trace(0.5), lambda g: 0.5 * np.full(len(g), np.trace(g) / len(g)), False, True),
     "absolute": RuleCase(ng.damping.absolute(0.5), lambda g: np.full(len(g), 0.5), False, False),
 }

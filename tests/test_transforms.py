@@ -41,6 +41,7 @@ TRANSFORMATIONS = {
     "with a bound": lambda: ng.natural_gradient(0.5, gram, max_kl=0.1),
     "with a schedule": lambda: ng.natural_gradient(optax.linear_schedule(1.0, 0.1, 10), gram, damping=0.1),
     "eigh": lambda: ng.natural_gradient(0.5, gram, solver=ng.solvers.eigh()),
+    "cg from the last step": lambda: ng.natural_gradient(0.5, gram, solver=ng.solvers.cg(1e-12, warm_start=True)),
     "nested by hand": lambda: transforms.with_metric(
         gram, transforms.trust_region(transforms.scale_step(transforms.precondition(), 0.5), 0.1)
     ),
@@ -450,3 +451,51 @@ def test_mistakes_are_named(name):
     call, kind, message = MISTAKES[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+# A part of the parameters.
+
+
+def _masked(name):
+    mask = {"a": True, "b": False, "c": True}
+    rule = ng.damping.metric(0.25, ng.metrics.scales({"a": 1.0, "b": 2.0, "c": 0.5}))
+    inner = ng.scale_by_metric(gram, damping=rule)
+    labels = {"a": "natural", "b": "plain", "c": "natural"}
+    return {
+        "masked": optax.masked(inner, mask),
+        "partition": optax.transforms.partition({"natural": inner, "plain": optax.identity()}, labels),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["masked", "partition"])
+def test_a_part_of_the_parameters_is_solved_by_its_block(name, dtype):
+    """F_SS⁻¹g_S, with the metric and the damping's metric evaluated at all parameters; the others pass."""
+    theta, g, rows = params_and_data(dtype)
+    tx = _masked(name)
+    got, state = jax.jit(lambda g: tx.update(g, tx.init(theta), theta, batch=rows, full_params=theta))(g)
+    seen = [0, 1, 3, 4]
+    block = (ROWS.T @ ROWS)[np.ix_(seen, seen)] + 0.25 * np.diag([1.0, 1.0, 4.0, 4.0])
+    assert error({"a": got["a"], "c": got["c"]}, np.linalg.solve(block, cases.RHS[seen])) < TOL[dtype]
+    assert float(got["b"]) == float(g["b"])
+    describe = lambda s: jax.tree.map(lambda x: (x.shape, x.dtype), s)
+    assert describe(state) == describe(tx.init(theta))
+    with pytest.raises(TypeError, match=r"full_params: .*hidden.*full_params=params"):
+        tx.update(g, tx.init(theta), theta, batch=rows)
+
+
+def test_a_residual_may_be_given_with_the_gradient(dtype):
+    rows, e = jnp.asarray(ROWS[:3], dtype), jnp.asarray(cases.RHS[:3], dtype)
+    g = rows.T @ e
+    tx = transforms.precondition(ng.solvers.row_space(), damping=0.5)
+    matrix = ROWS[:3].T @ ROWS[:3]
+    expected = np.linalg.solve(matrix + 0.5 * np.diag(np.diag(matrix)), np.asarray(g, float))
+    for residual in (None, e, 5 * e, e + 1):
+        got, _ = tx.update(g, tx.init(g), operator=operators.Gram(rows), residual=residual)
+        assert error(got, expected) < TOL[dtype]
+
+
+def test_an_unconverged_step_is_taken_and_flagged(dtype):
+    theta, g, rows = params_and_data(dtype)
+    tx = ng.scale_by_metric(gram, solver=ng.solvers.cg(1e-5, max_steps=2))
+    d, state = tx.update(g, tx.init(theta), theta, batch=rows)
+    assert flat(d).any() and not bool(state.converged) and int(state.skipped) == 0 and int(state.count) == 1

@@ -1,0 +1,201 @@
+"""The solver for an operator, by its structure and shapes, and a single solve."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import damping as damping_rules
+from natgrad_jax._tree import PyTree, Space
+from natgrad_jax.damping import Number, Rule
+from natgrad_jax.operators import Blocks, Closed, Diagonal, Gram, Kronecker, LowRank, Operator, is_operator
+from natgrad_jax.solvers.dense import cholesky
+from natgrad_jax.solvers.rows import row_space, woodbury
+from natgrad_jax.solvers.shared import Solution, Stats, require
+from natgrad_jax.solvers.structured import closed, diagonal, kronecker
+
+# An operator known by its products alone is made a matrix up to this size: 16 MB in float32.
+DENSE_UP_TO = 2048
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Blockwise:
+    """See `blockwise`."""
+
+    inner: Any
+
+    def factor(self, operator: Operator, rule: Rule | None) -> Any:
+        """The factorisation of every part."""
+        require(operator, (Blocks,), "blockwise", "Leave solver=None to have one chosen.")
+        if isinstance(rule, damping_rules.Trace):
+            rule = replace(rule, mean=damping_rules.root_mean_square(operator.scale()))
+        rules = [rule] * len(operator.operators)
+        if isinstance(rule, damping_rules.Metric):
+            operator.space.check(rule.operator.entries, "damping")
+            split = operator.map(
+                lambda _, part: damping_rules.Metric(rule.strength, Diagonal(part)), rule.operator.entries
+            )
+            rules = jax.tree.leaves(split, is_leaf=lambda x: isinstance(x, damping_rules.Metric))
+        factors = [self.inner.factor(part, its) for part, its in zip(operator.operators, rules, strict=True)]
+        return operator, factors
+
+    def apply(self, factored: Any, rhs: PyTree, strength: Number | None = None, **options: Any) -> Solution:
+        """d, part by part."""
+        operator, factors = factored
+        operator.space.check(rhs, "rhs")
+        rest = iter(factors)
+        options.pop("residual", None)
+        solved = operator.map(lambda _, part: self.inner.apply(next(rest), part, strength), rhs)
+        parts = jax.tree.leaves(solved, is_leaf=lambda x: isinstance(x, Solution))
+        value = jax.tree.map(lambda x: x.value, solved, is_leaf=lambda x: isinstance(x, Solution))
+        ranks = [part.stats.rank for part in parts]
+        rank = None if None in ranks or not ranks else sum(ranks[1:], start=ranks[0])
+        dead = sum((part.stats.dead for part in parts), start=jnp.zeros((), jnp.int32))
+        converged = jnp.all(jnp.asarray([part.converged for part in parts], bool))
+        return Solution(value, converged, Stats(dead, rank))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Auto:
+    """See `auto`."""
+
+    def choose(self, operator: Operator) -> Any:
+        """The solver for this operator, by its structure and shapes alone."""
+        match operator:
+            case Diagonal():
+                return diagonal()
+            case Closed() if operator.solve is not None:
+                return closed()
+            case Kronecker():
+                return kronecker()
+            case Blocks():
+                return blockwise()
+            case Gram() if operator.n < operator.space.size:
+                return row_space()
+            case LowRank() if operator.gram.n < operator.space.size:
+                return woodbury()
+        if not is_operator(operator):
+            raise TypeError(
+                f"operator: expected one of natgrad_jax.operators, got {type(operator).__name__}. "
+                "A metric returns an operator; wrap a matrix as operators.Dense(matrix)."
+            )
+        if hasattr(operator, "rows") or hasattr(operator, "matrix") or operator.space.size <= DENSE_UP_TO:
+            return cholesky()
+        raise TypeError(
+            f"solver: {type(operator).__name__} is known by its products, and its matrix of {operator.space.size} rows "
+            f"is not built unasked (beyond {DENSE_UP_TO}). Pass solver=solvers.cg(), or solvers.cholesky() to build it."
+        )
+
+    def factor(self, operator: Operator, rule: Rule | None) -> Any:
+        """The factorisation of the chosen solver."""
+        return operator, self.choose(operator).factor(operator, rule)
+
+    def apply(self, factored: Any, rhs: PyTree, strength: Number | None = None, **options: Any) -> Solution:
+        """The solution of the chosen solver."""
+        operator, inner = factored
+        return self.choose(operator).apply(inner, rhs, strength, **options)
+
+
+def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule | Number | None" = 0.0) -> Solution:
+    """Solves (G + λD) d = g.
+
+    Differentiable in G, g and λ by the implicit function theorem, not through the arithmetic of the solver: one more
+    solve with the same factorisation.
+
+    Args:
+        operator: G.
+        rhs: g, a vector of the operator's space.
+        solver: one of this module; None picks by structure and shapes, see `auto`.
+        damping: a number means `relative`; None means as little as the solver's arithmetic allows.
+
+    Returns:
+        `Solution(value, converged, stats)`; a singular system gives `converged=False`, never an exception.
+
+    Raises:
+        TypeError: the solver cannot use this operator or this damping; the message names the cure.
+        ValueError: `rhs` does not have the structure of the operator's space.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.Dense(jnp.array([[2.0, 0.0], [0.0, 4.0]]))
+        >>> [round(float(x), 6) for x in ng.solvers.solve(G, jnp.array([2.0, 2.0])).value]
+        [1.0, 0.5]
+    """
+    solver = auto() if solver is None else solver
+    getattr(operator, "space", Space.of(rhs)).check(rhs, "rhs")
+    rule = damping_rules.at(damping_rules.as_rule(damping), None)
+    return implicit(solver, solver.factor(_stopped(operator), _stopped(rule)), operator, rule, rhs)
+
+
+def implicit(
+    solver: Any,
+    factored: Any,
+    operator: Operator,
+    rule: Rule | None,
+    rhs: PyTree,
+    strength: Number | None = None,
+    **options: Any,
+) -> Solution:
+    """`solver.apply`, with derivatives of d = (G + λD)⁻¹g by the implicit function theorem."""
+    if not jax.tree.leaves(rhs):
+        return solver.apply(factored, rhs, strength, **options)
+    fixed = _stopped((factored, strength, options))
+
+    def apply(_: Any, g: PyTree) -> tuple[PyTree, tuple[Any, Stats]]:
+        factored, strength, options = fixed
+        solved = solver.apply(factored, g, strength, **options)
+        return solved.value, (solved.converged, solved.stats)
+
+    def damped(v: PyTree) -> PyTree:
+        return _damped_product(operator, rule, strength, v)
+
+    value, (converged, stats) = jax.lax.custom_linear_solve(damped, rhs, apply, symmetric=True, has_aux=True)
+    return Solution(value, converged, stats)
+
+
+def _damped_product(operator: Operator, rule: Rule | None, strength: Number | None, v: PyTree) -> PyTree:
+    """(G + λD)v."""
+    product = operator.mv(v)
+    if rule is None:
+        return product
+    fixed = isinstance(rule, damping_rules.Absolute | damping_rules.Metric)
+    root = operator.space.unravel(rule.root(None if fixed else operator.scale(), operator.space))
+    strength = rule.strength if strength is None else strength
+    return jax.tree.map(lambda x, y, u: (x + strength * u * (u * y)).astype(x.dtype), product, v, root)
+
+
+def _stopped(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def auto() -> Auto:
+    """The exact solver, by structure and shapes alone; `auto().choose(operator)` tells which.
+
+    `Diagonal` → diagonal; `Closed` → closed; `Kronecker` → kronecker; `Blocks` → blockwise; `Gram` of fewer rows than
+    parameters → row_space; `LowRank` → woodbury; else cholesky, for operators known by products alone up to p = 2048.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> ng.solvers.auto().choose(ng.operators.Dense(jnp.eye(2)))
+        Cholesky()
+    """
+    return Auto()
+
+
+def blockwise(inner: Any = None) -> Blockwise:
+    """Each part of a `Blocks` operator by itself: by `inner`, or by the solver that `auto` chooses for it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.Blocks([ng.operators.Diagonal(jnp.array([2.0])), ng.operators.Dense(4 * jnp.eye(1))])
+        >>> solution = ng.solvers.solve(G, [jnp.ones(1), jnp.ones(1)], solver=ng.solvers.blockwise())
+        >>> [round(float(x[0]), 4) for x in solution.value]
+        [0.5, 0.25]
+    """
+    return Blockwise(auto() if inner is None else inner)

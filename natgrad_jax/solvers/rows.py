@@ -1,0 +1,306 @@
+"""Solvers on the rows A of G = AᴴA, which never form a (p, p) matrix."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.linalg import cho_solve
+
+from natgrad_jax import _tree
+from natgrad_jax import damping as damping_rules
+from natgrad_jax._tree import PyTree, real_dtype
+from natgrad_jax.damping import Number, Rule
+from natgrad_jax.operators import Gram, LowRank, Operator
+from natgrad_jax.solvers.shared import (
+    Frame,
+    Solution,
+    diagonal_matrix,
+    divide,
+    least,
+    require,
+    solution,
+    strength_of,
+)
+
+REFINEMENTS = 2  # of e, when it has to be recovered from g
+SLACK = 16  # roundings, in units of eps times the root-mean-square size of the terms that cancel
+
+
+class RowsInFrame(NamedTuple):
+    """B = A diag(1/(root·size)), the rows in the frame in which D is the identity; kept as A and the frame."""
+
+    gram: Gram
+    frame: Frame
+
+    @property
+    def inverse(self) -> Array:
+        """1/(root·size)."""
+        return self.frame.out(jnp.ones_like(self.frame.root))
+
+    def times(self, y: Array) -> Array:
+        """By, shape (n,)."""
+        return self.gram.times(self.gram.space.unravel(self.frame.out(y)))
+
+    def transposed_times(self, u: Array) -> Array:
+        """Bᴴu, shape (p,)."""
+        return self.gram.space.ravel(self.gram.transposed_times(u)) * self.inverse
+
+    def rounding(self, g: Array, e: Array) -> Array:
+        """The length that Bᴴe − g has from rounding alone, in the rows, in e and in g."""
+        lengths = divide(divide(self.frame.scale, self.frame.root), self.frame.size)
+        typical = _tree.norm(e) * _tree.norm(lengths) / max(self.gram.n, 1) ** 0.5
+        return SLACK * jnp.finfo(g.dtype).eps * (_tree.norm(g) + typical)
+
+    def matching(self, g: Array, residual: Array | None) -> tuple[Array, Array]:
+        """c·e and whether g = c·Bᴴe: a chain may have changed g since e was computed, if only by a factor c."""
+        if residual is None:
+            return jnp.zeros(self.gram.n, g.dtype), jnp.asarray(False)
+        size = _tree.largest(residual)
+        e = residual.astype(g.dtype) / jnp.where(size > 0, size, 1)
+        h = self.transposed_times(e)
+        c = divide(jnp.vdot(h, g), jnp.vdot(h, h).real)
+        return c * e, _tree.norm(g - c * h) <= self.rounding(g, c * e)
+
+
+class RowSpaceFactored(NamedTuple):
+    """K = BBᴴ, and the Cholesky factor of K + λ for the rule's own λ."""
+
+    rows: RowsInFrame
+    kernel: Array
+    lower: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class RowSpace:
+    """See `row_space`."""
+
+    def factor(self, operator: Operator, rule: Rule | None) -> RowSpaceFactored:
+        """The (n, n) matrix K = A D⁻¹Aᴴ, O(n²p), and its Cholesky factor, O(n³/3)."""
+        require(operator, (Gram,), "row_space", "Rows are what it works on; for LowRank use solvers.woodbury().")
+        if operator.n > operator.space.size:
+            raise TypeError(
+                f"solvers.row_space: {operator.n} rows on {operator.space.size} parameters make a singular kernel; use "
+                " solvers.cholesky(), or solvers.qr() for accuracy"
+            )
+        rule = least(operator.space.size, operator.space.dtype) if rule is None else rule
+        rows = RowsInFrame(operator, Frame.of(operator, rule))
+        kernel = operator.kernel(rows.inverse)
+        return RowSpaceFactored(rows, kernel, _shifted_lower(kernel, rows.frame.damping(None)))
+
+    def apply(
+        self,
+        factored: RowSpaceFactored,
+        rhs: PyTree,
+        strength: Number | None = None,
+        *,
+        residual: Array | None = None,
+        **unused: object,
+    ) -> Solution:
+        """d = D⁻¹Aᴴ(K + λ)⁻¹e; another `strength` than the rule's own factorises K + λ again."""
+        rows, kernel, lower = factored
+        frame = rows.frame
+        frame.space.check(rhs, "rhs")
+        damping = frame.damping(strength)
+        lower = lower if strength is None else _shifted_lower(kernel, damping)
+        solve = lambda u: cho_solve((lower, True), u)  # noqa: E731
+        g = frame.into(frame.space.ravel(rhs))
+        size = _tree.largest(g)
+        g = g / jnp.where(size > 0, size, 1)
+        recover = lambda _: _recovered(rows, kernel, solve, g, damping)  # noqa: E731
+        residual = rows.gram.residual if residual is None else residual
+        known, used = rows.matching(g, residual)
+        if residual is None:
+            e, rest = recover(known)
+        else:
+            e, rest = jax.lax.cond(used, lambda e: (e, jnp.zeros_like(g)), recover, known)
+        y = rows.transposed_times(solve(e)) + rest
+        return frame.finish(size * y, rhs, strength, residual_used=used)
+
+
+def _recovered(
+    rows: RowsInFrame, kernel: Array, solve: Callable[[Array], Array], g: Array, damping: Array
+) -> tuple[Array, Array]:
+    """e with g ≈ Bᴴe, and (BᴴB + λ)⁻¹ of what of g is not of this form."""
+    projected = rows.times(g)
+    e = solve(projected)
+    for _ in range(REFINEMENTS):
+        e = e + solve(projected - kernel @ e)
+    rest = g - rows.transposed_times(e)
+    # Woodbury on the rest alone: on all of g it would cancel, since 1/λ is large.
+    outside = divide(rest - rows.transposed_times(solve(rows.times(rest))), jnp.broadcast_to(damping, rest.shape))
+    return e, jnp.where(_tree.norm(rest) > rows.rounding(g, e), outside, 0)
+
+
+def _shifted_lower(kernel: Array, shift: Array) -> Array:
+    shifted = kernel + diagonal_matrix(jnp.broadcast_to(shift, kernel.shape[:1]), kernel.dtype)
+    return jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+
+
+class QRFactored(NamedTuple):
+    """B = left diag(values) right, whatever λ is."""
+
+    rows: RowsInFrame
+    left: Array
+    values: Array
+    right: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class QR:
+    """See `qr`."""
+
+    def factor(self, operator: Operator, rule: Rule | None) -> QRFactored:
+        """QR of the rows and singular values of the triangle; O(np·min(n, p))."""
+        require(operator, (Gram,), "qr", "It works on rows; use solvers.eigh() on a matrix.")
+        rows = RowsInFrame(operator, Frame.of(operator, damping_rules.Relative(0.0) if rule is None else rule))
+        matrix = operator.matrix() * rows.inverse
+        if 0 in matrix.shape:
+            left, values, right = matrix[:, :0], jnp.zeros(0, real_dtype(matrix.dtype)), matrix[:0]
+        elif matrix.shape[0] >= matrix.shape[1]:
+            q, triangle = jnp.linalg.qr(matrix)
+            u, values, right = jnp.linalg.svd(triangle)
+            left = q @ u
+        else:
+            q, triangle = jnp.linalg.qr(matrix.conj().T)
+            left, values, v = jnp.linalg.svd(triangle.conj().T)
+            right = v @ q.conj().T
+        return QRFactored(rows, left, values, right)
+
+    def apply(
+        self,
+        factored: QRFactored,
+        rhs: PyTree,
+        strength: Number | None = None,
+        *,
+        residual: Array | None = None,
+        **unused: object,
+    ) -> Solution:
+        """d for any λ in O((n + p)·min(n, p))."""
+        rows, left, values, right = factored
+        frame = rows.frame
+        frame.space.check(rhs, "rhs")
+        damping = frame.damping(strength)
+        g = frame.into(frame.space.ravel(rhs))
+        size = _tree.largest(g)
+        g = g / jnp.where(size > 0, size, 1)
+        e, used = rows.matching(g, rows.gram.residual if residual is None else residual)
+        eps = jnp.finfo(values.dtype).eps
+        cut = max(left.shape[0], right.shape[1]) * eps * jnp.max(values, initial=0.0)
+        kept = (values > cut) | (damping > cut**2)
+        damped = jnp.where(kept, jnp.square(values) + damping, 1)
+        projected = right @ g
+        along = jnp.where(used, values * (left.conj().T @ e), projected)
+        # What is outside of the range has λ alone to divide by; none of it is there when e explains g.
+        rest = g - right.conj().T @ projected
+        outside = (damping > cut**2) & ~used & (_tree.norm(rest) > SLACK * eps * _tree.norm(g))
+        y = right.conj().T @ jnp.where(kept, along / damped, 0)
+        y = y + jnp.where(outside, divide(rest, jnp.broadcast_to(damping, rest.shape)), 0)
+        rank = jnp.sum(values > cut).astype(jnp.int32)
+        return frame.finish(size * y, rhs, strength, rank=rank, residual_used=used)
+
+
+class WoodburyFactored(NamedTuple):
+    """G + λD = diag(total)(I + BᴴB)diag(total) with B = R/total; `lower` is the factor of I + BBᴴ."""
+
+    operator: LowRank
+    rule: Rule
+    root: Array
+    total: Array
+    lower: Array
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Woodbury:
+    """See `woodbury`."""
+
+    def factor(self, operator: Operator, rule: Rule | None) -> WoodburyFactored:
+        """The (r, r) matrix I + R(D₀ + λD)⁻¹Rᴴ and its Cholesky factor; O(r²p)."""
+        require(operator, (LowRank,), "woodbury", "For rows without a diagonal use solvers.row_space().")
+        rule = damping_rules.Relative(0.0) if rule is None else rule
+        root = rule.root(operator.scale(), operator.space)
+        return WoodburyFactored(operator, rule, root, *self._factors(operator, rule, root, None))
+
+    def apply(
+        self, factored: WoodburyFactored, rhs: PyTree, strength: Number | None = None, **unused: object
+    ) -> Solution:
+        """d in O(rp); another `strength` than the rule's own factorises again."""
+        operator, rule, root, total, lower = factored
+        space, gram = operator.space, operator.gram
+        space.check(rhs, "rhs")
+        if strength is not None:
+            total, lower = self._factors(operator, rule, root, strength)
+        g = divide(space.ravel(rhs), total)
+        inner = cho_solve((lower, True), gram.times(space.unravel(divide(g, total))))
+        y = g - divide(space.ravel(gram.transposed_times(inner)), total)
+        # A coordinate with rows and no diagonal of its own is not dead: only another solver can tell what it is.
+        alone = total == 0
+        lost = jnp.any(alone & (gram.scale() > 0)) | ~jnp.all(jnp.isfinite(total))
+        return solution(space, divide(y, total) + jnp.where(lost, jnp.nan, 0), rhs, jnp.sum(alone))
+
+    @staticmethod
+    def _factors(operator: LowRank, rule: Rule, root: Array, strength: Number | None) -> tuple[Array, Array]:
+        base = jnp.sqrt(operator.space.ravel(operator.base).real)
+        total = jnp.hypot(base, jnp.sqrt(strength_of(rule, strength, base.dtype)) * root)
+        return total, _shifted_lower(operator.gram.kernel(divide(1, total)), jnp.ones((), total.dtype))
+
+
+def row_space() -> RowSpace:
+    """d = D⁻¹Aᴴ(AD⁻¹Aᴴ + λ)⁻¹e in the space of the n rows of a `Gram`: O(n²p + n³/3), memory n² beside the rows.
+
+    e with g = Aᴴe is the operator's `residual`, or the `residual` of `apply`. It is used if g is still a multiple of
+    Aᴴe to rounding, and `stats.residual_used` says so. Otherwise e is recovered from g, at a loss of accuracy where λ
+    is small. For n ≤ p. Default damping: relative(8·p·eps), as in `cholesky`, of which this is the same answer. Without
+    damping a part of g outside the range of G is left out.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.Gram(jnp.array([[3.0, 4.0]]))
+        >>> solution = ng.solvers.solve(G, jnp.array([3.0, 4.0]), solver=ng.solvers.row_space(), damping=1.0)
+        >>> [round(float(x), 4) for x in solution.value]
+        [0.1111, 0.0833]
+
+    Reference: Chen and Heyl, "Empowering deep neural quantum states through efficient optimization" (2024), eq. 6.
+    """
+    return RowSpace()
+
+
+def qr() -> QR:
+    """Least squares on the rows of a `Gram`, in the damping's frame; never squares the condition number.
+
+    Minimises ‖Ad − e‖² + λ‖d‖²_D from A = QR and the singular values of R. Where the residual e (see `row_space`)
+    belongs to g, the error is κ(A)·eps; from g alone it is κ(A)²·eps, since g = Aᴴe has forgotten the rest. Minimum
+    norm on a singular G; reports the rank; singular values up to max(n, p)·eps of the largest are left out. Default
+    damping: none. One factorisation serves every λ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.Gram(jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+        >>> solution = ng.solvers.solve(G, jnp.array([4.0, 1.0]), solver=ng.solvers.qr())
+        >>> [round(float(x), 4) for x in solution.value], int(solution.stats.rank)
+        ([1.0, 1.0], 2)
+    """
+    return QR()
+
+
+def woodbury() -> Woodbury:
+    """(D₀ + RᴴR + λD)⁻¹g for `LowRank`, by the matrix of its r rows. O(r²p). Default damping: none.
+
+    D₀ + λD must be positive wherever R is not zero; otherwise the solution is not finite, and `cholesky` is the cure.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.LowRank(jnp.array([1.0, 1.0]), jnp.array([[1.0, 0.0]]))
+        >>> solution = ng.solvers.solve(G, jnp.array([2.0, 3.0]), solver=ng.solvers.woodbury())
+        >>> [round(float(x), 4) for x in solution.value]
+        [1.0, 3.0]
+    """
+    return Woodbury()
