@@ -8,12 +8,18 @@ from typing import Any
 import jax
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of each call: the first one (compilation included), then minimum and median of `repeats` in turn."""
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, dict[str, float]]:
+    """Seconds of each call: the first one (compilation included), then minimum and median of `repeats` in turn.
+
+    `pause` seconds pass before each call: on a CPU the threads of a factorisation spin for a while after it, and would
+    take a core from whichever call comes next.
+    """
     first = {name: seconds(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            if pause:
+                time.sleep(pause)
             times[name].append(seconds(call))
     return {
         name: {"first": first[name], "min": min(times[name]), "median": statistics.median(times[name])}

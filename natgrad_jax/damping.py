@@ -218,6 +218,11 @@ def known_scale(operator: Operator) -> Array | None:
     return operator.scale() if operator.shows_diagonal else None
 
 
+def squares(rule: Rule, pivots: Array, space: Space) -> Array:
+    """D_ii from G_ii, where no square leaves the floats."""
+    return pivots if isinstance(rule, Relative) else jnp.square(rule.root(jnp.sqrt(pivots), space))
+
+
 def root_mean_square(scale: Array) -> Array:
     """√(Σ scale²/p), for a scale of any size."""
     largest = jnp.max(scale, initial=0.0)

@@ -368,7 +368,7 @@ def test_the_scale_of_rows_of_any_size_and_its_derivative(monkeypatch, size, dty
     expected = c * rows / np.where(lengths > 0, lengths, 1)
     for chunk in (operators.arrays.CHUNK, 1):
         monkeypatch.setattr(operators.arrays, "CHUNK", chunk)
-        monkeypatch.setattr(operators.arrays, "SHORTEST", 1)
+        monkeypatch.setattr(operators.arrays, "NARROWEST", 1)
         given = jnp.asarray(size * rows, dtype)
         np.testing.assert_allclose(operators.Gram(given).scale(), size * lengths, rtol=20 * cases.eps(dtype))
         for derivative in (jax.grad, jax.jacfwd):
@@ -388,16 +388,16 @@ def test_an_inner_product_on_the_outputs(dtype):
 # Many small systems: the elimination that is unrolled.
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 5, 6, 9, 12, 13])
+@pytest.mark.parametrize("p", [1, 2, 3, 6, 14, 15])
 def test_small_systems_under_vmap(p, dtype):
     """Batched, batched in one argument, nested, and alone; more systems than a tile holds; one that is indefinite."""
     rng = np.random.default_rng(p)
     rows, g = rng.normal(size=(301, p + 3, p)), rng.normal(size=(301, p))
     matrices = np.swapaxes(rows, 1, 2) @ rows
     matrices[7, 0, 0] = -1.0
-    solve = lambda m, b: solvers.solve(operators.Dense(m), b, solver=solvers.cholesky())
+    solve = jax.jit(lambda m, b: solvers.solve(operators.Dense(m), b, solver=solvers.cholesky()))
     a, b = jnp.asarray(matrices, dtype), jnp.asarray(g, dtype)
-    got = jax.jit(jax.vmap(solve))(a, b)
+    got = jax.vmap(solve)(a, b)
     good = np.arange(301) != 7
     assert not bool(got.converged[7]) and bool(got.converged[good].all())
     expected = np.linalg.solve(matrices[good], g[good][..., None])[..., 0]

@@ -14,10 +14,10 @@ from natgrad_jax.operators import shared
 from natgrad_jax.operators.shared import Product
 
 # A is copied, in the precision and the units of the arithmetic, so many numbers at a time: they stay in the cache. But
-# no shorter than so many rows (or columns), or adding up the products would take longer than they do.
-CHUNK, SHORTEST = 2**20, 512
-# XLA reduces wider arrays over their leading axis ten times more slowly on a CPU.
-WIDEST = 2**14
+# no shorter than so many rows (or columns), or adding up the products would take a good part of the time.
+CHUNK, SHORTEST = 2**20, 2048
+# Columns whose lengths are taken at a time: XLA reduces wider arrays over their leading axis many times more slowly.
+NARROWEST, WIDEST = 512, 2**14
 # Up to so many rows and so many parameters AᴴA is a sum of outer products: under `vmap` it becomes arithmetic on whole
 # batches, where a batched matrix product would spend half a microsecond on each. `python -m benchmarks solvers`
 FEW_ROWS, FEW_PARAMETERS = 32, 16
@@ -351,18 +351,25 @@ def _largest(x: Array) -> Array:
 def _lengths(x: Array) -> Array:
     """The Euclidean norms over the leading axis; the derivative at a column of zeros is 0."""
     columns = jnp.reshape(x, (x.shape[0], -1))
-
-    def part(start: Array | int, size: int) -> Array:
-        taken = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
-        largest = _largest(taken)
-        return largest * jnp.sqrt(jnp.sum(jnp.square(jnp.abs(taken * _inverse(largest))), axis=0))
-
-    width, size = columns.shape[1], min(_chunk(x.shape[0]), WIDEST)
+    width, size = columns.shape[1], min(max(CHUNK // (4 * x.shape[0]), NARROWEST), WIDEST)
     whole, rest = divmod(width, size)
     if whole < 2:
-        return part(0, width).reshape(x.shape[1:])
-    lengths = jax.lax.map(lambda i: part(i * size, size), jnp.arange(whole)).reshape(-1)
-    return jnp.concatenate([lengths, part(whole * size, rest)]).reshape(x.shape[1:])
+        return _safe_lengths(columns).reshape(x.shape[1:])
+
+    def part(i: Array) -> Array:
+        taken = jax.lax.dynamic_slice_in_dim(columns, i * size, size, axis=1)
+        squares = jnp.sum(jnp.square(jnp.abs(taken)), axis=0)
+        limits = jnp.finfo(squares.dtype)
+        exact = jnp.all((squares > limits.tiny / limits.eps**2) & (squares < limits.max))
+        return jax.lax.cond(exact, lambda: jnp.sqrt(squares), lambda: _safe_lengths(taken))
+
+    lengths = jax.lax.map(part, jnp.arange(whole)).reshape(-1)
+    return jnp.concatenate([lengths, _safe_lengths(columns[:, width - rest :])]).reshape(x.shape[1:])
+
+
+def _safe_lengths(columns: Array) -> Array:
+    largest = _largest(columns)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(jnp.abs(columns * _inverse(largest))), axis=0))
 
 
 @_lengths.defjvp

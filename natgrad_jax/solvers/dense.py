@@ -17,13 +17,11 @@ from natgrad_jax.solvers.shared import Frame, Solution, divide, least, solution,
 
 
 class CholeskyFactored(NamedTuple):
-    """G = diag(frame) M diag(frame), D = diag(root²); `lower` is the factor for the rule's own λ, None for small p."""
+    """G = diag(frame) M diag(frame), frame None for 1; `lower` is the factor for the rule's own λ, None for small p."""
 
     operator: Operator
     frame: Array | None
     matrix: Array
-    pivots: Array
-    root: Array
     rule: Rule
     lower: Array | None
 
@@ -37,10 +35,7 @@ class Cholesky:
         """The Cholesky factor of the damped matrix; O(p³/3) and the cost of the matrix."""
         frame, matrix = operator.balanced()
         rule = least(matrix.shape[-1], matrix.dtype) if rule is None else rule
-        pivots = diagonal(matrix).real
-        scale = jnp.sqrt(pivots)
-        root = rule.root(scale if frame is None else frame * scale, operator.space)
-        factored = CholeskyFactored(operator, frame, matrix, pivots, root, rule, None)
+        factored = CholeskyFactored(operator, frame, matrix, rule, None)
         return factored if _small(matrix) else factored._replace(lower=_lower(*_damped(factored, None)[1:]))
 
     def apply(
@@ -55,11 +50,9 @@ class Cholesky:
             direction = small.solve(damped, pivots, scaled)
         else:
             lower = _lower(damped, pivots) if factored.lower is None or strength is not None else factored.lower
-            direction = cho_solve((lower, True), scaled)
-            # g/∞ is a plausible 0, and would hide that G is not finite.
-            direction = jnp.where(jnp.all(jnp.isfinite(pivots)), direction, jnp.nan)
+            direction = cho_solve((lower, True), jnp.where(pivots == 0, 0, scaled))
         direction = direction if total is None else divide(direction, total)
-        return solution(space, jnp.where(pivots == 0, 0, direction), rhs, jnp.sum(pivots == 0))
+        return solution(space, direction, rhs, jnp.sum(pivots == 0))
 
 
 def _small(matrix: Array) -> bool:
@@ -68,12 +61,13 @@ def _small(matrix: Array) -> bool:
 
 def _damped(factored: CholeskyFactored, strength: Number | None) -> tuple[Array | None, Array, Array]:
     """`total`, M and `pivots` with G + λD = diag(total) (M, with `pivots` for its diagonal) diag(total); None for 1."""
-    _, frame, matrix, pivots, root, rule, _ = factored
-    strength = strength_of(rule, strength, root.dtype)
+    operator, frame, matrix, rule, _ = factored
+    pivots = diagonal(matrix).real
+    strength = strength_of(rule, strength, pivots.dtype)
     if frame is None:
         # The same relative change of the diagonal in every unit; elimination itself does not care about units.
-        return None, matrix, pivots + strength * jnp.square(root)
-    added = jnp.sqrt(strength) * root
+        return None, matrix, pivots + strength * damping_rules.squares(rule, pivots, operator.space)
+    added = jnp.sqrt(strength) * rule.root(frame * jnp.sqrt(pivots), operator.space)
     total = jnp.maximum(frame, added)
     ratio = divide(frame, total)
     damped = pivots * jnp.square(ratio) + jnp.square(divide(added, total))
@@ -81,11 +75,11 @@ def _damped(factored: CholeskyFactored, strength: Number | None) -> tuple[Array 
 
 
 def _lower(damped: Array, pivots: Array) -> Array:
-    # A dead coordinate keeps its place with a pivot of 1.
-    positive = jnp.where(pivots == 0, 1, pivots)
-    replaced = jnp.where(jnp.eye(pivots.size, dtype=bool), positive[:, None].astype(damped.dtype), damped)
+    # A dead coordinate keeps its place with a pivot of 1. g/∞ is a plausible 0, and would hide that G is not finite.
+    positive = jnp.where(pivots == 0, 1, jnp.where(pivots < jnp.inf, pivots, jnp.nan))
     # LAPACK walks along columns: the (conjugate) transpose, which is the same matrix, saves a copy.
-    return jax.lax.linalg.cholesky(replaced.conj().T, symmetrize_input=False)
+    replaced = jnp.where(jnp.eye(pivots.size, dtype=bool), positive[:, None].astype(damped.dtype), damped.conj().T)
+    return jax.lax.linalg.cholesky(replaced, symmetrize_input=False)
 
 
 class EighFactored(NamedTuple):
@@ -130,7 +124,7 @@ def cholesky() -> Cholesky:
 
     Its rounding errors are those of the matrix scaled to unit diagonal, whatever the units (van der Sluis 1969).
     Default damping: relative(8·p·eps), the least that keeps a singular G factorisable; on a singular G use `eigh` for
-    the minimum-norm answer to full precision. Up to p = 12 the elimination is unrolled, which makes `vmap` over many
+    the minimum-norm answer to full precision. Up to p = 14 the elimination is unrolled, which makes `vmap` over many
     small problems several times faster than a batched factorisation.
 
     Example:

@@ -7,7 +7,7 @@ whole batches. `python -m benchmarks solvers` measures where each form wins.
 import jax.numpy as jnp
 from jax import Array
 
-LARGEST = 12  # beyond, compilation takes seconds
+LARGEST = 14  # beyond, compilation takes more than two seconds
 
 
 def solve(a: Array, pivots: Array, b: Array) -> Array:
