@@ -138,6 +138,23 @@ def test_a_residual_that_no_longer_belongs_is_not_used(solver):
         assert error(got.value, np.linalg.solve(damped, g)) < tol
 
 
+@pytest.mark.parametrize("strength", [1e-12, 1e-8, 1e-4])
+def test_recovering_the_residual_is_as_good_as_knowing_it(strength, dtype):
+    """κ(A) = 1e3. What rounding leaves of g outside of the range of G must not be divided by λ."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(m, 8)))[0] for m in (8, 24))
+    rows, e = cases.rounded((u * np.geomspace(1, 1e-3, 8)) @ v.T), cases.rounded(rng.normal(size=8))
+    scale = np.linalg.norm(rows, axis=0)
+    scaled = rows / scale
+    expected = (scaled.T @ np.linalg.solve(scaled @ scaled.T + strength * np.eye(8), e)) / scale
+    got = {}
+    for name, residual in (("known", jnp.asarray(e, dtype)), ("recovered", None)):
+        op = operators.Gram(jnp.asarray(rows, dtype), residual)
+        solution = solvers.solve(op, jnp.asarray(rows.T @ e, dtype), solver=solvers.row_space(), damping=strength)
+        got[name] = error(solution.value, expected)
+    assert max(got.values()) < 10 * np.linalg.cond(scaled) ** 2 * cases.eps(dtype)
+
+
 def test_qr_does_not_square_the_condition_number():
     """κ = 1.7e3: its square is lost in float32, and the data's own rounding is worth 6e-5."""
     rows, truth = np.array([[1, 1], [1, 1 + 1e-3], [1, 1 - 1e-3]]), np.array([1.0, 2.0])

@@ -110,7 +110,7 @@ class RowSpace:
         g = frame.into(frame.space.ravel(rhs))
         size = _tree.largest(g)
         g = g / jnp.where(size > 0, size, 1)
-        recover = lambda _: _recovered(rows, kernel, solve, g, damping)  # noqa: E731
+        recover = lambda _: _recovered(rows, solve, g, damping)  # noqa: E731
         residual = rows.gram.residual if residual is None else residual
         known, used = rows.matching(g, residual)
         if residual is None:
@@ -121,15 +121,13 @@ class RowSpace:
         return frame.finish(size * y, rhs, strength, residual_used=used)
 
 
-def _recovered(
-    rows: RowsInFrame, kernel: Array, solve: Callable[[Array], Array], g: Array, damping: Array
-) -> tuple[Array, Array]:
+def _recovered(rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, damping: Array) -> tuple[Array, Array]:
     """e with g ≈ Bᴴe, and (BᴴB + λ)⁻¹ of what of g is not of this form."""
-    projected = rows.times(g)
-    e = solve(projected)
-    for _ in range(REFINEMENTS):
-        e = e + solve(projected - kernel @ e)
-    rest = g - rows.transposed_times(e)
+    e, rest = jnp.zeros(rows.gram.n, g.dtype), g
+    for _ in range(1 + REFINEMENTS):
+        # From what is left of g itself: the kernel has squared the condition number, and would stop short.
+        e = e + solve(rows.times(rest))
+        rest = g - rows.transposed_times(e)
     # Woodbury on the rest alone: on all of g it would cancel, since 1/λ is large.
     outside = divide(rest - rows.transposed_times(solve(rows.times(rest))), jnp.broadcast_to(damping, rest.shape))
     return e, jnp.where(_tree.norm(rest) > rows.rounding(g, e), outside, 0)
