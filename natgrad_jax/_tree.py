@@ -44,19 +44,28 @@ class Space:
         return accumulator(*self.dtypes)
 
     def check(self, tree: PyTree, name: str) -> None:
-        """Raise, naming `name`, unless `tree` has this structure and these shapes, and complex leaves where G does."""
+        """Raise, naming `name`, unless `tree` is a vector: structure, shapes, real or complex as G is, no integers."""
+        other = self.check_shapes(tree, name)
+        for dtype, mine in zip(other.dtypes, self.dtypes, strict=True):
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                raise TypeError(
+                    f"{name}: expected floating-point numbers, got {dtype}; convert with jnp.asarray(x, float)"
+                )
+            if is_complex(mine) and not is_complex(dtype):
+                raise TypeError(
+                    f"{name}: the operator is complex, got {dtype}. For real parameters of a complex function take "
+                    "real rows, Gram.from_samples(rows, real_parameters=True)."
+                )
+
+    def check_shapes(self, tree: PyTree, name: str) -> "Space":
+        """The space of `tree`; raise, naming `name`, unless it has this structure and these shapes."""
         other = Space.of(tree)
         if (other.treedef, other.shapes) != (self.treedef, self.shapes):
             raise ValueError(
                 f"{name}: expected the structure and shapes of the parameters, {self}, got {other}. "
                 "Differentiate the loss with respect to the same pytree that the metric sees."
             )
-        for dtype, mine in zip(other.dtypes, self.dtypes, strict=True):
-            if is_complex(mine) and not is_complex(dtype):
-                raise TypeError(
-                    f"{name}: the operator is complex, got {dtype}. For real parameters of a complex function take "
-                    "real rows, Gram.from_samples(rows, real_parameters=True)."
-                )
+        return other
 
     def ravel(self, tree: PyTree) -> Array:
         """The leaves of `tree`, concatenated to one flat vector of shape (p,)."""
@@ -132,6 +141,11 @@ def vdot(u: PyTree, v: PyTree) -> Array:
 def ravel(tree: PyTree) -> Array:
     """`tree` as one flat vector."""
     return Space.of(tree).ravel(tree)
+
+
+def root(x: Array) -> Array:
+    """√x; its derivative at 0 is 0."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def diagonal(matrix: Array) -> Array:

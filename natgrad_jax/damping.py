@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, concrete, real_dtype, unmasked
 from natgrad_jax.operators import Diagonal, Operator
 
@@ -92,7 +93,7 @@ class Metric:
 
     def root(self, scale: Array | None, space: Space) -> Array:
         """√D_ii."""
-        space.check(self.operator.entries, "damping")
+        space.check_shapes(self.operator.entries, "damping")
         return jnp.sqrt(self.operator.space.ravel(self.operator.entries).astype(real_dtype(space.dtype)))
 
 
@@ -154,8 +155,9 @@ def trace(strength: Number) -> Trace:
 def layered(strength: Number) -> Layered:
     """λ·D with D_ij = (Σ_j G_ij)(Σ_i G_ij)/ΣG in each leaf of two or more axes (the last axis against the others).
 
-    For a layer y = xW this is E[x²] ⊗ E[δ²] up to correlations of inputs x and sensitivities δ: covariant under the
-    units of all inputs and of all outputs of a layer, and a table of rank one. Other leaves are damped by diag(G).
+    For a layer y = xW whose inputs x and sensitivities δ are uncorrelated this is E[x²] ⊗ E[δ²]: a table of rank one,
+    and covariant under the units of inputs and of outputs. Correlations break the covariance by as much as they change
+    E[x²δ²]; `relative` is covariant always. Other leaves are damped by diag(G).
 
     Example:
         >>> import jax.numpy as jnp
@@ -227,7 +229,7 @@ def root_mean_square(scale: Array) -> Array:
     """√(Σ scale²/p), for a scale of any size."""
     largest = jnp.max(scale, initial=0.0)
     relative = scale / jnp.where(largest > 0, largest, 1)
-    return largest * jnp.sqrt(jnp.sum(jnp.square(relative)) / max(scale.size, 1))
+    return largest * _tree.root(jnp.sum(jnp.square(relative)) / max(scale.size, 1))
 
 
 def _rank_one(scale: Array, shape: tuple[int, ...]) -> Array:
@@ -237,7 +239,9 @@ def _rank_one(scale: Array, shape: tuple[int, ...]) -> Array:
     unit = jnp.where(largest > 0, largest, 1)
     square = jnp.square(scale / unit).reshape(-1, shape[-1])
     rows, columns, total = jnp.sum(square, 1), jnp.sum(square, 0), jnp.sum(square)
-    return (unit * jnp.sqrt(jnp.outer(rows, columns) / jnp.where(total > 0, total, 1))).ravel()
+    # Roots before the product, which may underflow.
+    table = jnp.outer(_tree.root(rows), _tree.root(columns))
+    return (unit * table / jnp.sqrt(jnp.where(total > 0, total, 1))).ravel()
 
 
 def _no_diagonal(rule: str) -> NoReturn:

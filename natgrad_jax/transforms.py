@@ -87,11 +87,9 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         >>> d.tolist()
         [1.0, 1.0]
     """
-    solver = solvers.auto() if solver is None else solver
+    solver = solvers.check_solver(solvers.auto() if solver is None else solver)
     rule = damping_rules.as_rule(damping)
     warm = getattr(solver, "warm_start", False)
-    if not (hasattr(solver, "factor") and hasattr(solver, "apply")):
-        raise TypeError(f"solver: expected one of natgrad_jax.solvers, such as solvers.eigh(), got {solver!r}")
 
     def init_fn(params: PyTree) -> PreconditionState:
         zero = jnp.zeros((), jnp.int32)

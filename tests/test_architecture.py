@@ -27,7 +27,7 @@ SHOWROOMS = {"__init__", "__main__", "demo"}
 # Shared between modules, not promised to users.
 HELPERS = {
     "metrics.check_log_prob", "damping.as_rule", "damping.at", "damping.known_scale", "damping.root_mean_square",
-    "damping.squares", "operators.is_operator", "solvers.implicit",
+    "damping.squares", "operators.is_operator", "solvers.implicit", "solvers.check_solver",
 }  # fmt: skip
 PUBLIC = ["damping", "families", "inference", "metrics", "operators", "problems", "solvers", "transforms"]
 

@@ -298,6 +298,145 @@ def test_derivatives_of_a_solve(solver, kind, rule, float64):
     np.testing.assert_allclose(jax.jvp(value, (0.0,), (1.0,))[1], central, rtol=1e-8)
 
 
+def test_the_gradient_of_a_complex_solve(float64):
+    """Reverse mode once took the transpose of a Hermitian matrix for the matrix itself."""
+    matrix, g = jnp.asarray(C_ROWS.conj().T @ C_ROWS), jnp.asarray(C_RHS)
+    loss = lambda solve: lambda m, g: jnp.sum(jnp.asarray(VECTOR) * solve(m, g).real)
+    expected = jax.grad(loss(jnp.linalg.solve), (0, 1))(matrix, g)
+    for name in ("cholesky", "eigh", "cg"):
+        solve = lambda m, g, name=name: solvers.solve(operators.Dense(m), g, solver=CELLS[name][0]).value
+        for got, truth in zip(jax.grad(loss(solve), (0, 1))(matrix, g), expected, strict=True):
+            assert np.linalg.norm(got - truth) < 1e-9 * np.linalg.norm(truth)
+
+
+def _difference(f, x, step=1e-6):
+    return (f(x + step) - f(x - step)) / (2 * step)
+
+
+def test_the_derivative_knows_the_damping_that_acts(float64):
+    """λ given in `update` to a rule of None, and the least damping of `row_space` on a singular G."""
+    tx = ng.scale_by_metric(lambda params: operators.Dense(jnp.asarray(ROWS.T @ ROWS)))
+    f = lambda strength: tx.update(jnp.asarray(RHS), tx.init(jnp.zeros(P)), jnp.zeros(P), damping=strength)[0].sum()
+    np.testing.assert_allclose(jax.grad(f)(0.3), _difference(f, 0.3), rtol=1e-6)
+    a = jnp.asarray(WIDE[:1])
+    f = lambda t: (solvers.solve(operators.Gram(a.at[0, 0].add(t)), 2 * a[0], damping=None).value ** 2).sum()
+    np.testing.assert_allclose(jax.grad(f)(1e-3), _difference(f, 1e-3, 1e-7), rtol=1e-2)
+
+
+def test_a_coordinate_without_curvature_has_a_finite_derivative(dtype):
+    """√0 has none; 0 is what stands for it."""
+    entries = jnp.asarray([4.0, 0.0], dtype)
+    for rule in (0.0, 0.1, damping.trace(0.1), damping.layered(0.1)):
+        for build in (operators.Diagonal, lambda d: operators.Dense(jnp.diag(d))):
+            f = lambda d, g, build=build, rule=rule: solvers.solve(
+                build(d), g, damping=rule, solver=solvers.cg()
+            ).value.sum()
+            assert all(np.isfinite(x).all() for x in jax.grad(f, (0, 1))(entries, jnp.asarray([1.0, 0.0], dtype)))
+
+
+# What a review found.
+
+
+def test_dependent_rows_without_damping_are_a_flag():
+    """The kernel is singular; where rounding lets its factorisation pass, the step is plausible and wrong."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = rng.normal(size=(5, 60)).astype(np.float32)
+        rows[-1] = rows[0]
+        g = rows.T @ rng.normal(size=5).astype(np.float32)
+        matrix = rows.T.astype(float) @ rows
+        got = solvers.solve(operators.Gram(jnp.asarray(rows)), jnp.asarray(g))
+        assert not bool(got.converged) or error(matrix @ flat(got.value), g) < 1e-3
+        fine = solvers.solve(operators.Gram(jnp.asarray(rows)), jnp.asarray(g), damping=None)
+        assert bool(fine.converged) and error(matrix @ flat(fine.value), g) < 1e-2
+
+
+@pytest.mark.parametrize("base", [1e-3, 1e-6])
+def test_rows_that_outweigh_the_diagonal(base):
+    """g in the span of the rows: the textbook formula subtracts two numbers that agree to 1/base."""
+    rows = cases.rounded(np.random.default_rng(0).normal(size=(4, 60)))
+    op = operators.LowRank(jnp.full(60, base, jnp.float32), jnp.asarray(rows, jnp.float32))
+    g = rows.T @ np.ones(4)
+    got = flat(solvers.solve(op, jnp.asarray(g, jnp.float32)).value)
+    assert error(base * got + rows.T @ (rows @ got), g) < 1e-5
+
+
+def test_structures_made_of_tiny_rows(dtype):
+    """Rows of 1e-25 in float32 have no squares; with as many rows as parameters a matrix is what is solved."""
+    c = 1e-25 if dtype == np.float32 else 1e-200
+    gram = operators.Gram(jnp.asarray(c * ROWS, dtype))
+    expected = np.linalg.solve(ROWS.T @ ROWS, RHS)
+    low_rank = operators.LowRank(jnp.zeros(P, dtype), jnp.asarray(c * ROWS, dtype))
+    for op in (low_rank, operators.Sum((gram, gram), (0.25, 0.75)), operators.Blocks([gram])):
+        g = jnp.asarray(c * RHS, dtype)
+        g = [g] if isinstance(op, operators.Blocks) else g
+        for solver in (solvers.cholesky(), solvers.eigh()):
+            assert error(c * flat(solvers.solve(op, g, solver=solver).value), expected) < 4000 * cases.eps(dtype)
+
+
+def test_damping_that_is_zero_where_curvature_is_not(dtype):
+    """An answer, or a flag; once it was a step of 0."""
+    op, rule = (
+        operators.Gram(jnp.diag(jnp.asarray([2.0, 1.0], dtype))),
+        operators.Diagonal(jnp.asarray([1.0, 0.0], dtype)),
+    )
+    for name in ("cholesky", "eigh", "qr", "row_space", "cg"):
+        solver = CELLS[name][0]
+        got = solvers.solve(op, jnp.asarray([5.0, 1.0], dtype), solver=solver, damping=damping.metric(1.0, rule))
+        assert not bool(got.converged) or error(got.value, [1.0, 1.0]) < 20 * cases.eps(dtype)
+        assert bool(got.converged) == (name in ("cholesky", "cg"))
+
+
+def test_the_trace_of_nested_blocks_is_that_of_the_whole(dtype):
+    parts = {"x": {"a": 100.0, "b": 1.0}, "y": 5.0}
+    nested = lambda tree: operators.Diagonal(jnp.asarray([tree], dtype))
+    op = operators.Blocks({"x": operators.Blocks({k: nested(v) for k, v in parts["x"].items()}), "y": nested(5.0)})
+    got = solvers.solve(op, jax.tree.map(jnp.ones_like, op.diagonal()), damping=damping.trace(1.0))
+    assert error(got.value, 1 / (np.array([100.0, 1.0, 5.0]) + 106 / 3)) < 20 * cases.eps(dtype)
+
+
+def test_real_and_complex_operators_add_in_any_order(dtype):
+    c = operators.Dense(jnp.asarray(C_ROWS.conj().T @ C_ROWS, COMPLEX[dtype]))
+    real, g = operators.Diagonal(jnp.ones(P, dtype)), jnp.asarray(C_RHS, COMPLEX[dtype])
+    expected = np.linalg.solve(C_ROWS.conj().T @ C_ROWS + np.eye(P), C_RHS)
+    by_metric = solvers.solve(c, g, damping=damping.metric(1.0, real)).value
+    sums = [solvers.solve(operators.add(*pair), g).value for pair in ((real, c), (c, real))]
+    for got in (by_metric, *sums):
+        assert np.linalg.norm(got - expected) < 800 * cases.eps(dtype) * np.linalg.norm(expected)
+    with pytest.raises(TypeError, match="complex"):
+        solvers.solve(operators.add(real, c), g.real)
+
+
+def test_a_gradient_that_is_not_a_number_where_there_is_no_curvature(dtype):
+    rows = np.zeros((2, 20))
+    rows[:, 0] = [1.0, 2.0]
+    op, g = operators.Gram(jnp.asarray(rows, dtype)), jnp.asarray([1.0] + 19 * [np.nan], dtype)
+    for name in ("auto", "cholesky", "eigh", "qr", "row_space"):
+        assert not bool(solvers.solve(op, g, solver=CELLS[name][0], damping=0.1).converged)
+
+
+def test_leaves_and_rows_of_size_zero(dtype):
+    rows = {"a": jnp.asarray(WIDE[:2, :3], dtype), "b": jnp.zeros((2, 0), dtype)}
+    g = {"a": jnp.asarray(WIDE[2, :3], dtype), "b": jnp.zeros(0, dtype)}
+    expected = np.linalg.solve(WIDE[:2, :3].T @ WIDE[:2, :3] + np.eye(3), WIDE[2, :3])
+    ones = jax.tree.map(jnp.ones_like, g)
+    for op, rule in ((operators.Gram(rows), damping.absolute(1.0)), (operators.LowRank(ones, rows), 0.0)):
+        assert error(solvers.solve(op, g, damping=rule).value["a"], expected) < 400 * cases.eps(dtype)
+    nothing = solvers.solve(operators.Gram(jnp.zeros((0, 3), dtype)), g["a"], damping=damping.absolute(2.0))
+    assert error(nothing.value, WIDE[2, :3] / 2) < 8 * cases.eps(dtype)
+
+
+@pytest.mark.parametrize("make", [solvers.partial_cholesky, solvers.nystrom], ids=["partial_cholesky", "nystrom"])
+@pytest.mark.parametrize("rank", [3, 10])
+def test_a_preconditioner_on_a_singular_metric_does_no_harm(make, rank):
+    """Three rows on thirty parameters, no damping: rounding in the null space once grew to steps of 1e9."""
+    rows = cases.rounded(np.random.default_rng(0).normal(size=(3, 30)))
+    op, g = operators.Gram(jnp.asarray(rows, jnp.float32)), rows.T @ np.ones(3)
+    got = flat(solvers.solve(op, jnp.asarray(g, jnp.float32), solver=solvers.cg(preconditioner=make(rank))).value)
+    assert error(rows.T @ (rows @ got), g) < 1e-3
+    assert np.linalg.norm(got) < 4 * np.linalg.norm(np.linalg.pinv(rows) @ np.ones(3))
+
+
 # Structure.
 
 

@@ -469,6 +469,38 @@ MISTAKES = {
         TypeError,
         "solvers.cg",
     ),
+    "an array as operator, a solver given": (
+        _solve(lambda: jnp.eye(P), solver=solvers.eigh()),
+        TypeError,
+        "wrap a matrix as operators.Dense",
+    ),
+    "a solver that was not called": (_solve(_dense, solver=solvers.eigh), TypeError, "solver: expected.*eigh"),
+    "integers": (lambda: _dense().mv(jnp.ones(P, int)), TypeError, "v: expected floating-point.*int"),
+    "a residual of another length": (
+        _solve(lambda: operators.Gram(jnp.ones((2, P)), jnp.ones(3))),
+        ValueError,
+        r"residual.*n = 2.*\(3,\)",
+    ),
+    "rows of different lengths": (
+        lambda: operators.Gram({"a": jnp.ones((2, 1)), "b": jnp.ones((3, 1))}).dense(),
+        ValueError,
+        "rows: expected n rows",
+    ),
+    "a base of another shape": (
+        lambda: operators.LowRank(jnp.ones(1), jnp.ones((2, 3))).dense(),
+        ValueError,
+        "base.*structure",
+    ),
+    "negative weights": (
+        lambda: operators.Gram.from_samples(jnp.ones((2, 2)), weights=-jnp.ones(2)),
+        ValueError,
+        "weights.*≥ 0",
+    ),
+    "a Kronecker factor that is not square": (
+        lambda: operators.Kronecker(jnp.ones((2, 3)), jnp.eye(2)).dense(),
+        ValueError,
+        "left, right.*square",
+    ),
     "an array as operator": (_solve(lambda: jnp.eye(P)), TypeError, "wrap a matrix as operators.Dense"),
     "damping a closed form": (_solve_closed(damping=0.1), TypeError, "damping.*cholesky"),
     "a matrix that is not square": (_solve(lambda: operators.Dense(jnp.ones((5, 2)))), ValueError, r"square.*\(5, 2\)"),

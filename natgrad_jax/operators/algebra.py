@@ -27,7 +27,7 @@ def add(*operators: Operator) -> Operator:
     if not operators:
         raise ValueError("operators: expected at least one to add, got none")
     for operator in operators[1:]:
-        operators[0].space.check(operator.space.structs(), "operators")
+        operators[0].space.check_shapes(operator.space.structs(), "operators")
     return functools.reduce(_plus, operators)
 
 

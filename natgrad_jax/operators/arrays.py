@@ -1,6 +1,7 @@
 """Operators held as arrays: a diagonal, a matrix, rows, a diagonal plus rows."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -162,6 +163,8 @@ class Gram:
                 f"weights, residual: expected one number for each of the n = {n} samples, "
                 f"got shapes {given.shape} and {None if residual is None else jnp.shape(residual)}"
             )
+        if _tree.concrete(given) and bool(jnp.any(given < 0)):
+            raise ValueError(f"weights: expected numbers ≥ 0, got a smallest one of {jnp.min(given)}")
         total = jnp.sum(given)
         root = jnp.sqrt(given)
 
@@ -182,12 +185,22 @@ class Gram:
     @property
     def space(self) -> Space:
         """The space of the vectors that G acts on."""
-        return Space.of(jax.eval_shape(lambda rows: jax.tree.map(lambda x: x[0], rows), self.rows))
+        return Space.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.rows))
 
     @property
     def n(self) -> int:
         """The number of rows; 0 for a tree without leaves."""
-        return leading_axis(self.rows, "rows") if jax.tree.leaves(self.rows) else 0
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(self.rows)}
+        if len(lengths) > 1 or () in lengths:
+            raise ValueError(
+                f"rows: expected n rows on the leading axis of every leaf, got {jax.tree.map(jnp.shape, self.rows)}"
+            )
+        n = next(iter(lengths))[0] if lengths else 0
+        if self.residual is not None and jnp.shape(self.residual) != (n,):
+            raise ValueError(
+                f"residual: expected one number for each of the n = {n} rows, got {jnp.shape(self.residual)}"
+            )
+        return n
 
     def matrix(self) -> Array:
         """A as one (n, p) array, p in `ravel_pytree` order; a copy unless there is one leaf."""
@@ -230,6 +243,8 @@ class Gram:
         n, size, dtype = self.n, _chunk(self.n), self.space.dtype
         total = jnp.zeros((n, n), dtype)
         for x, factor in zip(jax.tree.leaves(self.rows), jax.tree.leaves(self.space.unravel(inverse)), strict=True):
+            if not x.size:
+                continue
             columns, factor = jnp.reshape(x, (n, -1)), jnp.ravel(factor)
 
             def part(start: Array | int, size: int, columns: Array = columns, factor: Array = factor) -> Array:
@@ -238,7 +253,7 @@ class Gram:
                 # Not `@`, which may copy the transpose.
                 return jax.lax.dot_general(scaled, scaled.conj(), (((1,), (1,)), ((), ())))
 
-            total = total + _tree.sum_of_parts(part, factor.size, min(size, max(factor.size, 1)))
+            total = total + _tree.sum_of_parts(part, factor.size, min(size, factor.size))
         return total
 
     def scale(self) -> Array:
@@ -295,6 +310,7 @@ class LowRank:
     @property
     def space(self) -> Space:
         """The space of the vectors that G acts on."""
+        self.gram.space.check_shapes(self.base, "base")
         return self.gram.space
 
     @property
@@ -311,6 +327,11 @@ class LowRank:
         """The (p, p) matrix."""
         return jnp.diag(self.space.ravel(self.base)) + self.gram.dense()
 
+    def balanced(self) -> tuple[Array | None, Array]:
+        """`frame` (p,) and M (p, p), G = diag(frame) M diag(frame)."""
+        base, one = Diagonal(self.base).scale(), jnp.ones(())
+        return shared.joined_frames([(one, base, jnp.eye(base.size, dtype=base.dtype)), (one, *self.gram.balanced())])
+
     def diagonal(self) -> PyTree:
         """The entries G_ii, shaped like the parameters."""
         return jax.tree.map(jnp.add, _tree.raised(self.base), self.gram.diagonal())
@@ -324,7 +345,7 @@ class LowRank:
         return LowRank(_tree.seen(mask, self.base), _tree.seen(mask, self.rows))
 
     mv, inner, norm = shared.mv, shared.inner, shared.norm
-    trace, max_rank, balanced = shared.trace, shared.max_rank, shared.balanced
+    trace, max_rank = shared.trace, shared.max_rank
 
 
 def _square(matrix: Array) -> tuple[int, ...]:
@@ -339,7 +360,9 @@ def _chunk(width: int) -> int:
 
 def _joined(rows: PyTree, dtype: Any) -> Array:
     leaves = jax.tree.leaves(rows)
-    columns = [jnp.reshape(x, (jnp.shape(x)[0], -1)).astype(dtype) for x in leaves] or [jnp.zeros((0, 0), dtype)]
+    columns = [jnp.reshape(x, (jnp.shape(x)[0], math.prod(jnp.shape(x)[1:]))).astype(dtype) for x in leaves] or [
+        jnp.zeros((0, 0), dtype)
+    ]
     return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
 
 
@@ -350,8 +373,8 @@ def _largest(x: Array) -> Array:
 @jax.custom_jvp
 def _lengths(x: Array) -> Array:
     """The Euclidean norms over the leading axis; the derivative at a column of zeros is 0."""
-    columns = jnp.reshape(x, (x.shape[0], -1))
-    width, size = columns.shape[1], min(max(CHUNK // (4 * x.shape[0]), NARROWEST), WIDEST)
+    columns = jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
+    width, size = columns.shape[1], min(max(CHUNK // max(4 * x.shape[0], 1), NARROWEST), WIDEST)
     whole, rest = divmod(width, size)
     if whole < 2:
         return _safe_lengths(columns).reshape(x.shape[1:])

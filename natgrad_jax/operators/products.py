@@ -1,5 +1,6 @@
 """Operators known by what they do to a vector: a closed form, the Jacobian of a function, a sum, a part."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -143,8 +144,10 @@ class Sum:
 
     @property
     def space(self) -> Space:
-        """The space of the vectors that G acts on."""
-        return self.terms[0].space
+        """The space of the vectors that G acts on: complex where one of the terms is."""
+        spaces = [term.space for term in self.terms]
+        dtypes = zip(*(space.dtypes for space in spaces), strict=True)
+        return Space(spaces[0].treedef, spaces[0].shapes, tuple(jnp.result_type(*kinds) for kinds in dtypes))
 
     @property
     def shows_diagonal(self) -> bool:
@@ -168,12 +171,21 @@ class Sum:
         """The entries G_ii, shaped like the parameters."""
         return self._sum([term.diagonal() for term in self.terms])
 
+    def scale(self) -> Array:
+        """√G_ii, as a flat vector."""
+        parts = [jnp.sqrt(c) * term.scale() for c, term in zip(self.weights, self.terms, strict=True)]
+        return functools.reduce(jnp.hypot, parts)
+
+    def balanced(self) -> tuple[Array | None, Array]:
+        """`frame` (p,) and M (p, p), G = diag(frame) M diag(frame)."""
+        parts = [term.balanced() for term in self.terms]
+        return shared.joined_frames([(jnp.sqrt(c), *part) for c, part in zip(self.weights, parts, strict=True)])
+
     def restrict(self, mask: PyTree) -> "Sum":
         """The block of the leaves in `mask`."""
         return Sum(tuple(term.restrict(mask) for term in self.terms), self.weights)
 
-    mv, inner, norm, trace = shared.mv, shared.inner, shared.norm, shared.trace
-    max_rank, scale, balanced = shared.max_rank, shared.scale_of_diagonal, shared.balanced
+    mv, inner, norm, trace, max_rank = shared.mv, shared.inner, shared.norm, shared.trace, shared.max_rank
 
 
 @dataclass(frozen=True)
@@ -228,12 +240,16 @@ class Restricted:
         """The entries G_ii, shaped like the seen parameters."""
         return self._seen(self.whole.diagonal())
 
+    def scale(self) -> Array:
+        """√G_ii, as a flat vector."""
+        return _tree.ravel(self._seen(self.whole.space.unravel(self.whole.scale())))
+
     def restrict(self, mask: PyTree) -> "Restricted":
         """The block of the leaves in `mask`."""
         return Restricted.to(mask, self)
 
     mv, inner, norm, dense = shared.mv, shared.inner, shared.norm, shared.dense_by_products
-    trace, max_rank, scale, balanced = shared.trace, shared.max_rank, shared.scale_of_diagonal, shared.balanced
+    trace, max_rank, balanced = shared.trace, shared.max_rank, shared.balanced
 
 
 jax.tree_util.register_dataclass(Closed, data_fields=["times", "solve"], meta_fields=["space"])

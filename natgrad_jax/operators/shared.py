@@ -1,5 +1,6 @@
 """Methods that operators of different structure share: each is given its name in a class body."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, cast_like
 
 Operator = Any
+COLUMNS = 64  # of a matrix that are made in one product
 Product = Callable[[PyTree], PyTree]
 
 
@@ -44,8 +46,9 @@ def norm(operator: Operator, v: PyTree) -> Array:
 def dense_by_products(operator: Operator) -> Array:
     """The (p, p) matrix, by p products."""
     space, product = operator.space, operator.product()
-    columns = jax.vmap(lambda e: space.ravel(product(space.unravel(e))))
-    return columns(jnp.eye(space.size, dtype=space.dtype)).T
+    column = lambda e: space.ravel(product(space.unravel(e)))  # noqa: E731
+    # In batches: a product with all p vectors at once would take p times the memory of one.
+    return jax.lax.map(column, jnp.eye(space.size, dtype=space.dtype), batch_size=COLUMNS).T
 
 
 def diagonal_by_products(operator: Operator) -> PyTree:
@@ -71,12 +74,25 @@ def trace(operator: Operator) -> Array:
 
 def scale_of_diagonal(operator: Operator) -> Array:
     """√G_ii, as a flat vector."""
-    return jnp.sqrt(operator.space.ravel(operator.diagonal()).real)
+    return _tree.root(operator.space.ravel(operator.diagonal()).real)
 
 
 def balanced(operator: Operator) -> tuple[Array | None, Array]:
     """`frame` (p,) and M (p, p) with G = diag(frame) M diag(frame), M within the floats; None for 1: here M is G."""
     return None, operator.dense()
+
+
+def joined_frames(parts: list[tuple[Array, Array | None, Array]]) -> tuple[Array | None, Array]:
+    """The frame and the matrix of Σ (c_i)² diag(frame_i) M_i diag(frame_i), from (c_i, frame_i, M_i)."""
+    if all(frame is None for _, frame, _ in parts):
+        return None, sum(
+            (jnp.square(c) * matrix for c, _, matrix in parts[1:]), start=jnp.square(parts[0][0]) * parts[0][2]
+        )
+    frames = [c * (jnp.ones(matrix.shape[-1]) if frame is None else frame) for c, frame, matrix in parts]
+    total = functools.reduce(jnp.maximum, frames)
+    ratios = [frame / jnp.where(total > 0, total, 1) for frame in frames]
+    terms = [matrix * u[:, None] * u for u, (_, _, matrix) in zip(ratios, parts, strict=True)]
+    return total, sum(terms[1:], start=terms[0])
 
 
 def max_rank(operator: Operator) -> int:

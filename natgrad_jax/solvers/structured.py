@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, cast_like, concrete
+from natgrad_jax._tree import PyTree, all_finite, cast_like, concrete
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import Closed, Diagonal, Kronecker, Operator
 from natgrad_jax.solvers.shared import Frame, Solution, Stats, divide, require, solution, strength_of
@@ -37,9 +37,8 @@ class DiagonalSolver:
         inverse = jnp.where(jnp.isfinite(total), divide(1, total), jnp.nan)
         # Leaf by leaf, since real and complex parameters may stand side by side; twice, since a square may overflow.
         value = jax.tree.map(lambda g, u: g * u * u, rhs, space.unravel(inverse))
-        flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(value)]
-        dead = jnp.sum(total == 0).astype(jnp.int32)
-        return Solution(cast_like(value, rhs), jnp.all(jnp.asarray(flags, bool)), Stats(dead))
+        value = cast_like(value, rhs)
+        return Solution(value, all_finite(value), Stats(jnp.sum(total == 0).astype(jnp.int32)))
 
 
 @jax.tree_util.register_static
@@ -89,6 +88,12 @@ class KroneckerSolver:
                 "damping: a metric of your own need not be a product over the two factors; use relative, absolute, "
                 "trace or layered damping, or solvers.cholesky(), which builds the matrix"
             )
+        for (_, b), shape in zip(operator.blocks(), operator.space.shapes, strict=True):
+            if isinstance(rule, damping_rules.Layered) and len(shape) > 1 and b != shape[-1]:
+                raise TypeError(
+                    f"damping: layered damping sets the last axis of a parameter of shape {shape} against the others, "
+                    f"the right factor is of size {b}; use relative damping, or a factor for that axis"
+                )
         frame = Frame.of(operator, damping_rules.Relative(0.0) if rule is None else rule)
         leaves = jax.tree.leaves(operator.space.unravel(frame.root))
         pairs = []
