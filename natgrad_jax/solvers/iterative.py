@@ -292,7 +292,7 @@ def cg(
 ) -> CG:
     """Preconditioned conjugate gradients: products alone, for any operator.
 
-    Memory is some seven vectors beside what a product needs.
+    Memory is some nine vectors beside what a product needs.
 
     Stops when ‖g − (G + λD)d‖ ≤ tolerance·‖g‖ in the norm of the preconditioner, r ↦ √(rᴴM⁻¹r), which has no units
     where the operator shows its diagonal or M is given; or after `max_steps` steps; or where pᴴ(G + λD)p ≤ 0. The
