@@ -415,6 +415,13 @@ def test_a_gradient_that_is_not_a_number_where_there_is_no_curvature(dtype):
         assert not bool(solvers.solve(op, g, solver=CELLS[name][0], damping=0.1).converged)
 
 
+@pytest.mark.parametrize("operator", [operators.Diagonal(jnp.full(2, 1e-5)), operators.Dense(1e-5 * jnp.eye(2))])
+def test_an_answer_that_half_precision_cannot_hold_is_a_flag(operator):
+    """1e5 is fine in float32, in which it was judged, and infinite in the float16 of the gradient."""
+    got = solvers.solve(operator, jnp.ones(2, jnp.float16))
+    assert got.value.dtype == jnp.float16 and not bool(got.converged)
+
+
 def test_leaves_and_rows_of_size_zero(dtype):
     rows = {"a": jnp.asarray(WIDE[:2, :3], dtype), "b": jnp.zeros((2, 0), dtype)}
     g = {"a": jnp.asarray(WIDE[2, :3], dtype), "b": jnp.zeros(0, dtype)}

@@ -99,7 +99,8 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
     """Solves (G + λD) d = g.
 
     Differentiable in G, g and λ by the implicit function theorem, not through the arithmetic of the solver: one more
-    solve with the same factorisation. Where G + λD is singular the derivative in G holds on its range alone.
+    solve with the same factorisation. Where G + λD is singular the derivative in G holds on its range alone;
+    the least damping that `blockwise` leaves to its parts (damping=None) is not differentiated.
 
     Args:
         operator: G.

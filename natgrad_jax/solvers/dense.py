@@ -140,8 +140,8 @@ def cholesky() -> Cholesky:
 
     Its rounding errors are those of the matrix scaled to unit diagonal, whatever the units (van der Sluis 1969).
     Default damping: relative(8·p·eps), the least that keeps a singular G factorisable; on a singular G use `eigh` for
-    the minimum-norm answer to full precision. Up to p = 14 the elimination is unrolled, which makes `vmap` over many
-    small problems several times faster than a batched factorisation.
+    the minimum-norm answer to full precision. Under `vmap` the elimination is unrolled up to p = 14, which is several
+    times faster on many small problems than a batched factorisation, and compiles in up to two seconds.
 
     Example:
         >>> import jax.numpy as jnp

@@ -266,9 +266,10 @@ def row_space() -> RowSpace:
     """d = D⁻¹Aᴴ(AD⁻¹Aᴴ + λ)⁻¹e in the space of the n rows of a `Gram`: O(n²p + n³/3), memory n² beside the rows.
 
     e with g = Aᴴe is the operator's `residual`, or the `residual` of `apply`. It is used if g is still a multiple of
-    Aᴴe to rounding, and `stats.residual_used` says so. Otherwise e is recovered from g, at a loss of accuracy where λ
-    is small. For n ≤ p. Default damping: relative(8·p·eps), as in `cholesky`, of which this is the same answer. Without
-    damping a part of g outside the range of G is left out.
+    Aᴴe to rounding, and `stats.residual_used` says so. Otherwise e is recovered from g, by six
+    more products with the rows. For n ≤ p. Default damping: relative(8·p·eps), as in `cholesky`, of which this is the
+    same answer. Without damping a part of g outside the range of G is left out, and dependent rows are flagged
+    (`converged=False`).
 
     Example:
         >>> import jax.numpy as jnp
