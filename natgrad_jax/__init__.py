@@ -2,12 +2,14 @@
 
 from natgrad_jax import damping, families, inference, metrics, operators, problems, solvers, transforms
 from natgrad_jax.inference import fit
-from natgrad_jax.metrics import fisher_matrix
+from natgrad_jax.metrics import check_fisher, fisher_matrix
+from natgrad_jax.operators import report
 from natgrad_jax.transforms import natural_gradient, scale_by_metric
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "check_fisher",
     "damping",
     "families",
     "fisher_matrix",
@@ -17,6 +19,7 @@ __all__ = [
     "natural_gradient",
     "operators",
     "problems",
+    "report",
     "scale_by_metric",
     "solvers",
     "transforms",

@@ -116,6 +116,17 @@ def real_dtype(dtype: Any) -> Any:
     return jnp.finfo(dtype).dtype
 
 
+def real_parts(tree: PyTree) -> PyTree:
+    """`tree` with the pair (real part, imaginary part) in the place of each complex leaf."""
+    return jax.tree.map(lambda x: (jnp.real(x), jnp.imag(x)) if is_complex(jnp.result_type(x)) else x, tree)
+
+
+def complex_of(parts: PyTree, space: Space) -> PyTree:
+    """The tree of `space` whose `real_parts` these are."""
+    join = lambda s, part: jax.lax.complex(*part) if is_complex(s.dtype) else part  # noqa: E731
+    return jax.tree.map(join, space.structs(), parts)
+
+
 def raised(tree: PyTree) -> PyTree:
     """`tree` with half precision raised to float32."""
     return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator(jnp.result_type(x))), tree)

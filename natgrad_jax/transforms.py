@@ -114,7 +114,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         resolved = damping_rules.at(rule, params, full_params)
         given = {"residual": residual, "guess": state.direction}
         options = {name: x for name, x in given.items() if x is not None}
-        factored = solver.factor(operator, resolved)
+        factored = solvers.factor(solver, operator, resolved)
         solution = solvers.implicit(solver, factored, operator, resolved, updates, damping, **options)
         # A truncated solve is applied and flagged; one that is not finite is not taken.
         fine = all_finite(solution.value) & all_finite(updates)

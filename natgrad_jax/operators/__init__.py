@@ -11,13 +11,14 @@ vectors. Every operator G has
     max_rank()            an upper bound on the rank, from shapes alone
     restrict(mask)        the block of the leaves in `mask`
 
-and `add` and `scale` make sums and positive multiples.
+`add` and `scale` make sums and positive multiples; `report` tells a person what an operator is like.
 """
 
 from natgrad_jax._tree import Space
 from natgrad_jax.operators.algebra import add, scale
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
-from natgrad_jax.operators.products import Closed, Implicit, Restricted, Sum
+from natgrad_jax.operators.products import Closed, Implicit, RealParts, Restricted, Sum
+from natgrad_jax.operators.reports import Report, report
 from natgrad_jax.operators.shared import Operator, is_operator
 from natgrad_jax.operators.structured import Blocks, Kronecker
 
@@ -31,10 +32,13 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Operator",
+    "RealParts",
+    "Report",
     "Restricted",
     "Space",
     "Sum",
     "add",
     "is_operator",
+    "report",
     "scale",
 ]

@@ -1,4 +1,4 @@
-"""Operators known by what they do to a vector: a closed form, the Jacobian of a function, a sum, a part."""
+"""Operators known by what they do to a vector: a closed form, a Jacobian, a sum, a block, real and imaginary parts."""
 
 import functools
 from collections.abc import Callable
@@ -252,6 +252,59 @@ class Restricted:
     trace, max_rank, balanced = shared.trace, shared.max_rank, shared.balanced
 
 
+@dataclass(frozen=True)
+class RealParts:
+    """A real metric of complex parameters: it acts on their real and imaginary parts, and is not complex-linear.
+
+    Solvers solve `parts`, whatever they are; `parts.dense()` is the matrix, of twice the size.
+
+    Args:
+        parts: the operator on the pytree that has a pair (real, imaginary) in the place of each complex leaf.
+        space: `Space.of(params)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from natgrad_jax.operators import Diagonal, RealParts, Space
+        >>> z = jnp.array([1.0 + 1.0j])
+        >>> RealParts(Diagonal((jnp.array([2.0]), jnp.array([3.0]))), Space.of(z)).mv(z).tolist()
+        [(2+3j)]
+    """
+
+    parts: Operator
+    space: Space
+    shows_diagonal: ClassVar[bool] = False
+
+    def product(self) -> Product:
+        """v ↦ Gv, part by part."""
+        product = self.parts.product()
+        return lambda v: _tree.complex_of(product(_tree.real_parts(v)), self.space)
+
+    def max_rank(self) -> int:
+        """An upper bound on the rank, in real dimensions."""
+        return int(self.parts.max_rank())
+
+    def trace(self) -> Array:
+        """tr G, over real and imaginary parts."""
+        return self.parts.trace()
+
+    def dense(self) -> Array:
+        """Refused: there is no complex matrix."""
+        raise TypeError(
+            "operator: a real metric of complex parameters is no complex matrix; operator.parts.dense() is the real "
+            "one, on real and imaginary parts. If log ψ is holomorphic in the parameters, say holomorphic=True."
+        )
+
+    diagonal = scale = balanced = dense
+
+    def restrict(self, mask: PyTree) -> "RealParts":
+        """The block of the leaves in `mask`."""
+        full = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), mask, self.space.structs())
+        return RealParts(self.parts.restrict(full), Space.of(_tree.seen(full, self.space.structs())))
+
+    mv, inner, norm = shared.mv, shared.inner, shared.norm
+
+
+jax.tree_util.register_dataclass(RealParts, data_fields=["parts"], meta_fields=["space"])
 jax.tree_util.register_dataclass(Closed, data_fields=["times", "solve"], meta_fields=["space"])
 jax.tree_util.register_dataclass(
     Implicit, data_fields=["params", "data", "inner_product", "diag"], meta_fields=["f", "chunk_size"]

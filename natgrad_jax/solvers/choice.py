@@ -6,10 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _tree
 from natgrad_jax import damping as damping_rules
 from natgrad_jax._tree import PyTree, concrete
 from natgrad_jax.damping import Number, Rule
-from natgrad_jax.operators import Blocks, Closed, Diagonal, Gram, Kronecker, LowRank, Operator, is_operator
+from natgrad_jax.operators import (
+    Blocks,
+    Closed,
+    Diagonal,
+    Gram,
+    Kronecker,
+    LowRank,
+    Operator,
+    RealParts,
+    is_operator,
+)
 from natgrad_jax.solvers.dense import Cholesky, cholesky
 from natgrad_jax.solvers.rows import RowSpace, row_space, woodbury
 from natgrad_jax.solvers.shared import Solution, Stats, least, require
@@ -126,7 +137,7 @@ def solve(operator: Operator, rhs: PyTree, *, solver: Any = None, damping: "Rule
     check_operator(operator)
     operator.space.check(rhs, "rhs")
     rule = damping_rules.at(damping_rules.as_rule(damping), None)
-    return implicit(solver, solver.factor(_stopped(operator), _stopped(rule)), operator, rule, rhs)
+    return implicit(solver, factor(solver, _stopped(operator), _stopped(rule)), operator, rule, rhs)
 
 
 def check_solver(solver: Any) -> Any:
@@ -145,6 +156,21 @@ def check_operator(operator: Operator) -> None:
         )
 
 
+def factor(solver: Any, operator: Operator, rule: Rule | None) -> Any:
+    """`solver.factor`; of the real and imaginary parts, where the operator acts on those."""
+    if isinstance(operator, RealParts):
+        return solver.factor(operator.parts, _on_parts(rule, operator))
+    return solver.factor(operator, rule)
+
+
+def _on_parts(rule: Rule | None, operator: RealParts) -> Rule | None:
+    """A rule on complex parameters, on their real and imaginary parts."""
+    if not isinstance(rule, damping_rules.Metric):
+        return rule
+    both = lambda s, d: (d, d) if _tree.is_complex(s.dtype) else d  # noqa: E731
+    return replace(rule, operator=Diagonal(jax.tree.map(both, operator.space.structs(), rule.operator.entries)))
+
+
 def implicit(
     solver: Any,
     factored: Any,
@@ -155,6 +181,11 @@ def implicit(
     **options: Any,
 ) -> Solution:
     """`solver.apply`, with derivatives of d = (G + λD)⁻¹g by the implicit function theorem."""
+    if isinstance(operator, RealParts):
+        options = {key: _tree.real_parts(x) if key == "guess" else x for key, x in options.items()}
+        parts = _tree.real_parts(rhs)
+        solved = implicit(solver, factored, operator.parts, _on_parts(rule, operator), parts, strength, **options)
+        return solved._replace(value=_tree.complex_of(solved.value, operator.space))
     if not jax.tree.leaves(rhs):
         return solver.apply(factored, rhs, strength, **options)
     fixed = _stopped((factored, strength, options))

@@ -1,0 +1,392 @@
+"""Metrics of models: Gauss–Newton, least squares, and the pullback of any metric along any function."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import Partial
+
+from natgrad_jax import _tree, operators
+from natgrad_jax._tree import PyTree, Space, concrete, leading_axis
+from natgrad_jax.metrics.losses import Loss
+from natgrad_jax.metrics.shared import (
+    Form,
+    Metric,
+    OneExample,
+    check_real,
+    check_real_outputs,
+    check_scalar,
+    flat,
+    nan_unless,
+    outputs,
+    pulled_back,
+    rows_of,
+    with_data_of,
+)
+from natgrad_jax.operators import Closed, Dense, Diagonal, Gram, Implicit, Operator, is_operator
+
+Model = Callable[[PyTree, PyTree], PyTree]
+
+
+def gauss_newton(
+    model: Model,
+    loss: Callable[[PyTree, PyTree], Array],
+    *,
+    jac: str = "auto",
+    chunk_size: int | None = None,
+    matrix_free: bool = False,
+) -> Metric:
+    """Generalised Gauss–Newton, G = Σ_i J_iᵀ H_i J_i: J of the model's outputs, H the Hessian of a convex loss in them.
+
+    For the losses of `metrics.losses` the root of H is in closed form, and G is the Fisher information of the
+    distribution that the loss is the negative logarithm of (squares: unit variance). For any other loss H comes from
+    automatic differentiation, k Hessian products, and its root from a k × k eigendecomposition for each example.
+
+    Args:
+        model: model(params, batch) -> outputs on the leading axis, an array (n, …) or a pytree of such; row by row what
+            it gives for a batch of one.
+        loss: one of `metrics.losses`, or loss(outputs, batch) -> scalar, a sum or a mean over the examples of a convex
+            function of the outputs of each; the metric has the same normalisation.
+        jac: "auto" (reverse, but for no more parameters than outputs), "rev" or "fwd".
+        chunk_size: examples at a time: a `Dense` in place of n·k rows.
+        matrix_free: an `Implicit`, for `cg`; the Hessian of any loss is then used as it is, also one that mixes the
+            examples.
+
+    Returns:
+        metric(params, *, batch) -> operator. With a loss of `metrics.losses` it carries the residual of the gradient.
+
+    Raises:
+        ValueError: a loss that is not scalar, not convex, or not a sum over examples; outputs without a leading axis.
+            Inside `jit` the last two cannot be read, and G is NaN.
+        TypeError: complex parameters or outputs.
+
+    Cost: k gradients of the outputs an example ("rev").
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> model = lambda w, batch: batch[0] @ w
+        >>> metric = ng.metrics.gauss_newton(model, ng.metrics.losses.squares())
+        >>> batch = jnp.array([[1.0], [3.0]]), jnp.array([0.0, 0.0])
+        >>> round(float(metric(jnp.array([2.0]), batch=batch).dense()[0, 0]), 4)  # mean of x²
+        5.0
+
+    Reference: Schraudolph, "Fast curvature matrix-vector products" (2002), section 3; Martens, "New insights and
+    perspectives on the natural gradient method" (2020), section 9.
+    """
+    form, one = Form.of(jac, chunk_size, matrix_free), OneExample(model, "model")
+
+    def gauss_newton(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:
+        n = leading_axis(batch, "batch")
+        check_real(params)
+        check_real_outputs(one, params, batch, "model")
+        z = jax.vmap(lambda x: one(_tree.raised(params), x))(batch)
+        check_scalar(
+            jax.eval_shape(loss, z, batch), "loss", "loss(outputs, batch) is a sum or a mean over the examples."
+        )
+        if isinstance(loss, Loss):
+            root = jnp.full(n, (1 / n if loss.mean else 1) ** 0.5, Space.of(params).dtype)
+            y = loss.targets_for(z, batch)
+            e = root[:, None] * outputs(lambda _, zy: loss.error(*zy), None, (z, y))
+            # An e beyond the floats would explain no g; without it g alone is used.
+            e = jnp.where(jnp.all(jnp.isfinite(e)), e, 0).reshape(-1)
+            return pulled_back(_Rooted(one, loss.root), params, (batch, z), root, form, residual=e)
+        if matrix_free and chunk_size is None:
+            hessian = Closed(Partial(_HessianProduct(loss), z, batch), None, Space.of(z))
+            return Implicit(_AllOutputs(one), params, batch, inner_product=hessian)
+        root, unit = _hessian_roots(loss, z, batch)
+        return pulled_back(_Rooted(one, _times_root), params, (batch, root), unit, form)
+
+    return gauss_newton
+
+
+@dataclass(frozen=True)
+class _Rooted:
+    """(params, (x, z)) ↦ R(z) applied to the outputs for x: what to differentiate with z held."""
+
+    model: Callable[[PyTree, PyTree], PyTree]
+    root: Callable[[Any, PyTree], PyTree]
+
+    def __call__(self, params: PyTree, point: tuple[PyTree, Any]) -> PyTree:
+        x, z = point
+        return self.root(z, self.model(params, x))
+
+
+@dataclass(frozen=True)
+class _AllOutputs:
+    """(params, batch) ↦ the outputs of every example."""
+
+    model: OneExample
+
+    def __call__(self, params: PyTree, batch: PyTree) -> PyTree:
+        return jax.vmap(lambda x: self.model(params, x))(batch)
+
+
+@dataclass(frozen=True)
+class _HessianProduct:
+    """(outputs, batch, u) ↦ ∂²loss/∂outputs² u."""
+
+    loss: Callable[[PyTree, PyTree], Array]
+
+    def __call__(self, z: PyTree, batch: PyTree, u: PyTree) -> PyTree:
+        return jax.jvp(jax.grad(lambda z: self.loss(z, batch)), (z,), (_tree.cast_like(u, z),))[1]
+
+
+def _times_root(root: Array, u: PyTree) -> Array:
+    return root @ flat(u)
+
+
+def _hessian_roots(loss: Callable[[PyTree, PyTree], Array], z: PyTree, batch: PyTree) -> tuple[Array, Array]:
+    """R_i with R_iᵀR_i = H_i for each example, (n, k, k), and n ones that are NaN if there is no such thing."""
+    n = leading_axis(z, "outputs")
+    each = jax.tree.map(lambda x: x[0], z)
+    space = Space.of(each)
+    product = lambda u: jax.vmap(space.ravel)(  # noqa: E731
+        _HessianProduct(loss)(z, batch, jax.vmap(space.unravel)(u))
+    )
+    k = space.size
+    columns = jax.vmap(lambda e: product(jnp.broadcast_to(e, (n, k))))(jnp.eye(k, dtype=space.dtype))
+    hessian = jnp.moveaxis(columns, 0, -1)
+    hessian = (hessian + jnp.swapaxes(hessian, -1, -2)) / 2
+    probe = jnp.cos(jnp.arange(1.0, n * k + 1, dtype=space.dtype)).reshape(n, k)
+    gap = _tree.norm((product(probe) - jnp.einsum("nij,nj->ni", hessian, probe)).ravel())
+    tolerance = jnp.finfo(space.dtype).eps ** 0.5
+    alone = gap <= tolerance * _tree.norm(hessian.ravel())
+    root, convex = jax.vmap(_root)(hessian)
+    if concrete(alone) and not bool(alone):
+        raise ValueError(
+            "loss: expected a sum or a mean of a function of each example's outputs, but its Hessian couples the "
+            "examples. Pass matrix_free=True, which uses the Hessian as it is."
+        )
+    if concrete(convex) and not bool(jnp.all(convex)):
+        raise ValueError(
+            f"loss: expected a convex function of the outputs, got a Hessian with a negative eigenvalue for "
+            f"{int(jnp.sum(~convex))} of {n} examples. Take the convex part, or metrics.monte_carlo_fisher."
+        )
+    return root, nan_unless(alone & convex, space.dtype)
+
+
+def _root(matrix: Array) -> tuple[Array, Array]:
+    """R with RᵀR = matrix, and whether there is one, to rounding in the units of the diagonal."""
+    diagonal = jnp.diagonal(matrix)
+    scale = _tree.root(jnp.maximum(diagonal, 0))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    values, vectors = jnp.linalg.eigh(matrix * inverse[:, None] * inverse)
+    # A row whose diagonal is not positive must be zero.
+    dead = jnp.where(scale > 0, 0, jnp.max(jnp.abs(matrix), axis=1))
+    fine = jnp.all(values >= -(jnp.finfo(matrix.dtype).eps ** 0.5)) & jnp.all(dead == 0)
+    return _tree.root(jnp.maximum(values, 0))[:, None] * vectors.T * scale, fine
+
+
+def least_squares(
+    residuals: Any,
+    weights: Any = None,
+    *,
+    jac: str = "auto",
+    chunk_size: int | None = None,
+    matrix_free: bool = False,
+) -> Metric:
+    """Gauss–Newton of L = Σ_t ½ c_t ‖r_t(θ)‖²: rows √c ∂r/∂θ, and with them the residual √c r of ∇L.
+
+    Value, gradient and rows come from one pass: see `value_and_grad`.
+
+    Args:
+        residuals: residuals(params, batch) -> r on the leading axis, an array (n, …) or a pytree of such, row by row
+            what it gives for a batch of one; or a list or dictionary of such terms, each with a batch of its own.
+        weights: c ≥ 0, a number, or for each term a number or (n,) for its examples; 1 when left out.
+        jac: "auto", "rev" or "fwd".
+        chunk_size: examples at a time: a `Dense`, without the residual, in place of the rows.
+        matrix_free: products alone, for `cg`.
+
+    Returns:
+        metric(params, *, batch, weights=None) -> operator, a sum over examples (weights=1/n for a mean). `batch` has
+        one batch for each term, in the same list or dictionary; `weights` replaces the ones above.
+
+    Raises:
+        ValueError: batches or weights that do not match the terms, negative weights.
+
+    Cost: k gradients an example for r of k numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> metric = ng.metrics.least_squares(lambda w, batch: batch[0] * w - batch[1])
+        >>> G = metric(jnp.array(1.0), batch=(jnp.array([1.0, 2.0]), jnp.array([0.0, 0.0])))
+        >>> [float(x) for x in (G.dense()[0, 0], *ng.metrics.value_and_grad(G))]
+        [5.0, 2.5, 5.0]
+
+    Reference: Nocedal, Wright, "Numerical optimization" (2006), section 10.3.
+    """
+    form = Form.of(jac, chunk_size, matrix_free)
+    terms, treedef = jax.tree.flatten(residuals, is_leaf=callable)
+    if not terms or not all(map(callable, terms)):
+        raise ValueError(f"residuals: expected residuals(params, batch) or a list or dict of such, got {residuals!r}")
+    ones = [OneExample(term, "residuals") for term in terms]
+    given = weights
+
+    def least_squares(params: PyTree, *, batch: PyTree, weights: Any = None) -> Operator:
+        check_real(params)
+        batches = _one_each(treedef, batch, "batch")
+        chosen = given if weights is None else weights
+        shared = chosen is None or (jnp.ndim(chosen) == 0 if not isinstance(chosen, dict | Sequence) else False)
+        factors = [chosen] * len(terms) if shared or len(terms) == 1 else _one_each(treedef, chosen, "weights")
+        parts = zip(ones, batches, factors, strict=True)
+        return operators.add(*(_term(one, params, data, c, form) for one, data, c in parts))
+
+    return least_squares
+
+
+def _one_each(treedef: Any, tree: PyTree, name: str) -> list[PyTree]:
+    try:
+        return list(treedef.flatten_up_to(tree))
+    except ValueError as error:
+        raise ValueError(f"{name}: expected one for each term of residuals, {treedef}: {error}") from error
+
+
+def _term(one: OneExample, params: PyTree, batch: PyTree, weight: Any, form: Form) -> Operator:
+    n = leading_axis(batch, "batch")
+    check_real_outputs(one, params, batch, "residuals")
+    dtype = Space.of(params).dtype
+    weight = jnp.asarray(1.0 if weight is None else weight, dtype)
+    if weight.shape not in ((), (n,)):
+        raise ValueError(f"weights: expected a number, or one for each of n = {n} examples, got shape {weight.shape}")
+    if concrete(weight) and not bool(jnp.all(weight >= 0)):
+        raise ValueError(f"weights: expected numbers ≥ 0, got {jnp.min(weight)}")
+    root = jnp.broadcast_to(_tree.root(weight), (n,))
+    e = None
+    if form.chunk_size is None and not form.matrix_free:
+        e = (root[:, None] * outputs(one, _tree.raised(params), batch)).reshape(-1).astype(dtype)
+    return pulled_back(one, params, batch, root, form, residual=e)
+
+
+def value_and_grad(operator: Gram) -> tuple[Array, PyTree]:
+    """½‖e‖² and Aᵀe from the rows A and the residual e of an operator: the objective of `least_squares`, ∇ included.
+
+    Args:
+        operator: a `Gram` with a residual.
+
+    Returns:
+        (value, gradient); the gradient is shaped like the parameters, in the dtype of the rows.
+
+    Cost: one pass over the rows, O(np).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = ng.operators.Gram(jnp.array([[2.0], [0.0]]), residual=jnp.array([3.0, 4.0]))
+        >>> value, gradient = ng.metrics.value_and_grad(G)
+        >>> float(value), gradient.tolist()
+        (12.5, [6.0])
+    """
+    if not isinstance(operator, Gram) or operator.residual is None:
+        raise TypeError(
+            f"operator: expected rows with a residual, got {type(operator).__name__}. "
+            "metrics.least_squares makes them, without chunk_size and matrix_free."
+        )
+    return 0.5 * jnp.sum(jnp.square(jnp.abs(operator.residual))), operator.transposed_times(operator.residual)
+
+
+def pullback(f: Callable[..., PyTree], inner: Any = None, *, jac: str = "auto", matrix_free: bool = False) -> Metric:
+    """The metric of your own: G = JᵀHJ, the length H of the change of f(θ).
+
+    f(θ) may be anything whose change you can measure: predictions at points of interest, moments, 2√q (whose flat
+    metric is the Fisher information, also where probabilities are zero), the fields of a physical model.
+
+    Args:
+        f: f(params) -> pytree of real outputs; its keyword-only parameters name data, which the metric takes too.
+        inner: H: None for the identity; a matrix (k, k) in `ravel_pytree` order of the outputs; an operator on them; or
+            a metric on the space of the outputs, metric(outputs) -> operator.
+        jac: "auto" (reverse, but for no more parameters than outputs), "rev" or "fwd".
+        matrix_free: an `Implicit`, for `cg`: one forward and one reverse pass a product.
+
+    Returns:
+        metric(params, **data) -> `Gram` of k rows (H kept as its root), or `Implicit`.
+
+    Raises:
+        ValueError: an H that does not fit the outputs, or is not positive semi-definite (NaN inside `jit`).
+
+    Cost: k reverse or p forward passes of f.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> amplitudes = lambda t: 2 * jnp.array([jnp.cos(t / 2), jnp.sin(t / 2)])  # twice √q of two outcomes
+        >>> round(float(ng.metrics.pullback(amplitudes)(jnp.array(0.0)).dense()[0, 0]), 4)  # where one never happens
+        1.0
+    """
+    form = Form.of(jac, None, matrix_free)
+
+    def pullback(params: PyTree, **data: PyTree) -> Gram | Implicit:
+        check_real(params)
+        check_real_outputs(lambda theta, _: f(theta, **data), params, (), "f")
+        theta = _tree.raised(params)
+        length = _on_outputs(inner, jax.eval_shape(f, theta, **data), lambda: f(theta, **data))
+        if matrix_free or not isinstance(length, Diagonal | Dense | Gram | None):
+            return Implicit(_Called(f), params, data, inner_product=length)
+        root = _root_map(length)
+        return Gram(rows_of(lambda t: flat(root(f(t, **data))), theta, form.jac))
+
+    return with_data_of(f, pullback)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """(params, data) ↦ f(params, **data)."""
+
+    f: Callable[..., PyTree]
+
+    def __call__(self, params: PyTree, data: dict[str, PyTree]) -> PyTree:
+        return self.f(params, **data)
+
+
+def _on_outputs(inner: Any, out: PyTree, value: Callable[[], PyTree]) -> Operator | None:
+    """H as an operator on the outputs, or None for the identity."""
+    space = Space.of(out)
+    if inner is None:
+        return None
+    if callable(inner) and not is_operator(inner):
+        inner = inner(value())
+    if not is_operator(inner):
+        matrix = jnp.asarray(inner, space.dtype)
+        if matrix.shape != (space.size, space.size):
+            raise ValueError(
+                f"inner: expected a matrix of shape {(space.size, space.size)} for outputs of {space.size} numbers, "
+                f"got {matrix.shape}"
+            )
+        return Dense(matrix, space)
+    if inner.space.size == space.size and inner.space.treedef == Space.of(jnp.zeros(space.size)).treedef:
+        return _on_flat(inner, space)
+    space.check_shapes(inner.space.structs(), "inner")
+    return inner
+
+
+def _on_flat(operator: Operator, space: Space) -> Operator:
+    """An operator on flat vectors, on vectors of `space`."""
+    if operator.space.shapes == space.shapes and operator.space.treedef == space.treedef:
+        return operator
+    match operator:
+        case Diagonal():
+            return Diagonal(space.unravel(operator.entries))
+        case Dense():
+            return Dense(operator.matrix, space)
+        case Gram():
+            return Gram(jax.vmap(space.unravel)(operator.rows))
+    raise TypeError(f"inner: expected an operator on the outputs, {space}, got one on {operator.space}")
+
+
+def _root_map(length: Operator | None) -> Callable[[PyTree], PyTree]:
+    """u ↦ Ru with RᵀR = H."""
+    match length:
+        case Diagonal():
+            return lambda u: jax.tree.map(lambda d, x: _tree.root(d) * x, length.entries, u)
+        case Gram():
+            return length.times
+        case Dense():
+            root, fine = _root(length.dense())
+            if concrete(fine) and not bool(fine):
+                raise ValueError("inner: expected a positive semi-definite matrix, got one with a negative eigenvalue")
+            return lambda u: nan_unless(fine, root.dtype) * (root @ length.space.ravel(u))
+    return lambda u: u

@@ -1,0 +1,228 @@
+"""What metrics share: Jacobian rows of a function of one example, and what may be wrong with an argument."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from natgrad_jax import _tree
+from natgrad_jax._tree import PyTree, Space, chunked_sum, concrete, is_complex, leading_axis
+from natgrad_jax.operators import Dense, Gram, Implicit
+
+Metric = Callable[..., Any]
+OfOne = Callable[[PyTree, PyTree], PyTree]  # f(params, one example) -> k numbers, in a pytree
+
+# Rows of k outputs: up to this many parameters for each of them forward mode is no slower than reverse.
+# `python -m benchmarks jacobian`
+FORWARD_UP_TO = 1
+
+
+class Form(NamedTuple):
+    """How a Jacobian becomes an operator: the mode of differentiation, examples at a time, products alone."""
+
+    jac: str
+    chunk_size: int | None
+    matrix_free: bool
+
+    @classmethod
+    def of(cls, jac: str = "auto", chunk_size: int | None = None, matrix_free: bool = False) -> "Form":
+        """The options, checked."""
+        if jac not in ("auto", "fwd", "rev"):
+            raise ValueError(f"jac: expected 'auto', 'fwd' or 'rev', got {jac!r}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected a positive number of points or None, got {chunk_size}")
+        return cls(jac, chunk_size, matrix_free)
+
+
+def pulled_back(
+    f: OfOne,
+    params: PyTree,
+    points: PyTree,
+    roots: Array,
+    form: Form,
+    *,
+    centred: bool = False,
+    residual: Array | None = None,
+) -> Gram | Dense | Implicit:
+    """G = Σ_i w_i J_iᵀJ_i for J_i = ∂f(θ, x_i)/∂θ, in the form that was asked for; n·k rows √w_i J_i.
+
+    Args:
+        f: f(params, x) for one x -> a pytree of k numbers.
+        params: where to differentiate.
+        points: the x_i on the leading axis, n of them.
+        roots: √w_i, shape (n,), or (n, k) with one for each output.
+        form: rows; with `chunk_size` the matrix, with `matrix_free` products alone.
+        centred: take the weighted mean out of the J_i, before anything is contracted.
+        residual: e, shape (n·k,), for the g = Aᵀe that is likely to be solved for.
+    """
+    n = leading_axis(points, "points")
+    if form.matrix_free:
+        if centred and form.chunk_size is not None:
+            raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
+        return Implicit(_Outputs(f, centred), params, (points, roots), chunk_size=form.chunk_size)
+    theta = _tree.raised(params)
+    mean = _mean_rows(f, theta, points, roots, form.chunk_size) if centred else None
+    rows = lambda data: _rows(f, theta, data, mean, form.jac)  # noqa: E731
+    if form.chunk_size is None:
+        return Gram(rows((points, roots)), residual)
+    size = min(form.chunk_size, n)
+    return Dense(chunked_sum(lambda data: Gram(rows(data)).dense(), (points, roots), size), Space.of(params))
+
+
+def _rows(f: OfOne, theta: PyTree, data: tuple[PyTree, Array], mean: PyTree | None, jac: str) -> PyTree:
+    """The rows √w_i (J_i − mean) of all (points, roots), k after k, shaped like the parameters."""
+    points, roots = data
+    one = lambda point, root: rows_of(lambda t: flat(f(t, point)), theta, jac, root)  # noqa: E731
+    if mean is None:
+        rows = jax.vmap(one)(points, roots)
+    else:
+        # Centred first, weighted then: the rounding of a large common part stays in the common part.
+        spread = lambda x: jnp.reshape(roots, roots.shape + (1,) * (x.ndim - roots.ndim))  # noqa: E731
+        rows = jax.vmap(lambda point: one(point, 1.0))(points)
+        rows = jax.tree.map(lambda x, m: spread(x) * (x - m), rows, mean)
+    return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows)
+
+
+def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str, root: Array | float = 1.0) -> PyTree:
+    """root · ∂g/∂θ, (k, …) in the place of each leaf; in reverse mode the root scales the cotangents, not the rows."""
+    out = jax.eval_shape(g, theta)
+    (k,), p = out.shape, sum(x.size for x in jax.tree.leaves(theta))
+    if jac == "fwd" or (jac == "auto" and p <= FORWARD_UP_TO * k):
+        scale = jnp.broadcast_to(jnp.asarray(root, out.dtype), (k,))
+        rows = jax.jacfwd(g, holomorphic=is_complex(out.dtype))(theta)
+        return jax.tree.map(lambda x: jnp.reshape(scale, (k,) + (1,) * (x.ndim - 1)) * x, rows)
+    _, pull = jax.vjp(g, theta)
+    if k == 1:
+        return jax.tree.map(lambda x: x[None], pull(jnp.asarray(root, out.dtype).reshape(1))[0])
+    cotangents = jnp.eye(k, dtype=out.dtype) * jnp.asarray(root, out.dtype)
+    return jax.vmap(lambda u: pull(u)[0])(cotangents)
+
+
+def _mean_rows(f: OfOne, theta: PyTree, points: PyTree, roots: Array, chunk_size: int | None) -> PyTree:
+    """Σ w_i J_i / Σ w_i, (k, …) in the place of each leaf: k gradients of a sum, no rows."""
+    weights = jnp.square(roots)
+    weights = weights / jnp.sum(weights, axis=0)
+
+    def mean(theta: PyTree) -> Array:
+        part = lambda data: jnp.sum(_by_example(data[1]) * outputs(f, theta, data[0]), axis=0)  # noqa: E731
+        return chunked_sum(part, (points, weights), chunk_size)
+
+    out = jax.eval_shape(mean, theta)
+    return jax.jacrev(mean, holomorphic=is_complex(out.dtype))(theta)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """(params, (points, roots)) ↦ the outputs whose Jacobian the rows are; equal for equal f, so it compiles once."""
+
+    f: OfOne
+    centred: bool
+
+    def __call__(self, params: PyTree, data: tuple[PyTree, Array]) -> Array:
+        points, roots = data
+        out, roots = outputs(self.f, params, points), _by_example(roots)
+        if self.centred:
+            weights = jnp.square(roots)
+            out = out - jnp.sum(weights * out, axis=0) / jnp.sum(weights, axis=0)
+        return roots.astype(out.dtype) * out
+
+
+def outputs(f: OfOne, params: PyTree, points: PyTree) -> Array:
+    """f(params, x_i) for every i as one array, (n, k)."""
+    return jax.vmap(lambda point: flat(f(params, point)))(points)
+
+
+def flat(tree: PyTree) -> Array:
+    """The numbers in `tree`, in a row."""
+    return _tree.ravel(tree)
+
+
+def _by_example(roots: Array) -> Array:
+    return roots[:, None] if roots.ndim == 1 else roots
+
+
+@dataclass(frozen=True)
+class OneExample:
+    """(params, x) ↦ what f(params, batch) gives for a batch of x alone, without the leading axis."""
+
+    f: Callable[[PyTree, PyTree], PyTree]
+    name: str
+
+    def __call__(self, params: PyTree, x: PyTree) -> PyTree:
+        """The output of one example."""
+        out = self.f(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x))
+        if not jax.tree.leaves(out) or any(jnp.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(out)):
+            raise ValueError(
+                f"{self.name}: expected one output for each example on a leading axis, got "
+                f"{jax.tree.map(jnp.shape, out)} for a batch of one example. Do not sum or average over the batch."
+            )
+        return jax.tree.map(lambda leaf: leaf[0], out)
+
+
+def with_data_of(f: Callable[..., Any], metric: Metric) -> Metric:
+    """`metric`, which forwards its keyword-only arguments to f, with those of f in its signature."""
+    named = [p for p in inspect.signature(f).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    metric.__signature__ = inspect.Signature([params, *named])  # type: ignore[attr-defined]
+    return metric
+
+
+def one_of(points: PyTree) -> PyTree:
+    """Shape and dtype of one of the points."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), points)
+
+
+def check_real(params: PyTree) -> None:
+    """Raise unless the parameters are real floating point."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)}: expected real floating-point numbers, "
+                f"got {jnp.result_type(leaf)}. Convert with jnp.asarray(x, float); write a complex number as two."
+            )
+
+
+def check_log_prob(log_prob: Callable[..., Array], params: PyTree, *points: PyTree) -> None:
+    """Raise unless the parameters are real floating point and log_prob(params, x) is a real scalar for one x."""
+    check_real(params)
+    check_scalar(
+        jax.eval_shape(log_prob, params, *map(one_of, points)),
+        "log_prob",
+        "It takes one point of the support (and one input), without the leading axis; sum over the components of x.",
+    )
+
+
+def check_scalar(out: Any, name: str, cure: str) -> None:
+    """Raise unless `out`, an array or its shape, is one real number."""
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a real scalar, got shape {shape}, dtype {dtype}. {cure}")
+
+
+def check_real_outputs(f: OfOne, params: PyTree, points: PyTree, name: str) -> Any:
+    """The shapes of what f gives for one point; raise unless they are real numbers."""
+    out = jax.eval_shape(f, params, one_of(points))
+    for leaf in jax.tree.leaves(out):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: expected real floating-point outputs, got {leaf.dtype}. Return the real and the imaginary "
+                "part of a complex number as two."
+            )
+    return out
+
+
+def check_no_nan(tree: PyTree, name: str) -> None:
+    """Raise if a NaN can be seen in `tree`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if concrete(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and np.isnan(np.asarray(leaf)).any():
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)}: expected numbers, got NaN; drop those points")
+
+
+def nan_unless(fine: Array, dtype: Any) -> Array:
+    """1 where `fine`, else NaN: multiplies what must not be used."""
+    return jnp.where(fine, 1, jnp.nan).astype(dtype)
