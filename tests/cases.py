@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import gammaln, xlog1py, xlogy
+import scipy.special as sc
+import scipy.stats
+from jax.nn import log_sigmoid
+from jax.scipy.special import betaln, gammaln, i0e, xlog1py, xlogy
 
 import natgrad_jax as ng
 
@@ -213,7 +216,7 @@ SINGULAR = {
 }
 
 
-# Distributions with finite (or truncated) support and a Fisher matrix known in closed form.
+# Distributions with a Fisher matrix known in closed form: on a finite (or truncated) support, or a density on nodes.
 
 
 class FisherCase(NamedTuple):
@@ -221,6 +224,7 @@ class FisherCase(NamedTuple):
     params: Any
     support: np.ndarray
     fisher: np.ndarray
+    weights: np.ndarray | None = None  # of the nodes
 
 
 def _categorical(logits, k):
@@ -242,6 +246,105 @@ def _negative_binomial(mean, x):
     return constant + r * jnp.log(r / (r + mean)) + x * jnp.log(mean / (r + mean))
 
 
+def _negative_binomial_2(t, x):
+    mean, r = t
+    constant = gammaln(x + r) - gammaln(r) - gammaln(x + 1)
+    return constant + r * jnp.log(r / (r + mean)) + x * jnp.log(mean / (r + mean))
+
+
+# Nodes for densities: the trapezoidal rule on a line that is mapped to the support converges to rounding.
+
+
+def _line(low, high, n, x=lambda t: t, dx=lambda t: np.ones_like(t)):
+    t, h = np.linspace(low, high, n, retstep=True)
+    return {"support": x(t), "weights": h * dx(t)}
+
+
+def _positive(low, high, n=200):
+    return _line(low, high, n, np.exp, np.exp)
+
+
+def _sides(centre, low, high, n=200):
+    """Both sides of a kink."""
+    y = _positive(low, high, n)
+    return {
+        "support": np.concatenate([centre - y["support"], centre + y["support"]]),
+        "weights": np.concatenate([y["weights"], y["weights"]]),
+    }
+
+
+def _normal(mean, variance, x):
+    return -0.5 * (x - mean) ** 2 / variance - 0.5 * jnp.log(2 * jnp.pi * variance)
+
+
+def _natural_normal(t, x):
+    mean, variance = -t[0] / (2 * t[1]), -1 / (2 * t[1])
+    return _normal(mean, variance, x)
+
+
+def _gamma(t, x):
+    return t[0] * jnp.log(t[1]) - gammaln(t[0]) + (t[0] - 1) * jnp.log(x) - t[1] * x
+
+
+def _beta(t, x):
+    """The node is logit(x), so that 1 − x keeps its digits."""
+    return (t[0] - 1) * log_sigmoid(x) + (t[1] - 1) * log_sigmoid(-x) - betaln(t[0], t[1])
+
+
+def _dirichlet(t, x):
+    """By two logits: the first share, and the second one of what is left."""
+    rest = log_sigmoid(-x[0])
+    logs = jnp.stack([log_sigmoid(x[0]), rest + log_sigmoid(x[1]), rest + log_sigmoid(-x[1])])
+    return (t - 1) @ logs + gammaln(jnp.sum(t)) - jnp.sum(gammaln(t))
+
+
+def _dirichlet_nodes():
+    t, h = np.linspace(-28, 28, 150, retstep=True)
+    a, b = (x.ravel() for x in np.meshgrid(t, t))
+    slope = lambda x: 1 / (2 + 2 * np.cosh(x))
+    return {"support": np.stack([a, b], 1), "weights": h**2 * slope(a) * slope(b) / (1 + np.exp(a))}
+
+
+def _von_mises(t, x):
+    return t[1] * (jnp.cos(x - t[0]) - 1) - jnp.log(2 * jnp.pi * i0e(t[1]))
+
+
+def _student(t, x):
+    loc, scale, nu = t[0], t[1], 5.0
+    z = (x - loc) / scale
+    constant = gammaln((nu + 1) / 2) - gammaln(nu / 2) - 0.5 * np.log(nu * np.pi)
+    return (constant - jnp.log(scale) - (nu + 1) / 2 * jnp.log1p(z * z / nu)).astype(t.dtype)
+
+
+def _cauchy(t, x):
+    z = (x - t[0]) / t[1]
+    return -jnp.log(jnp.pi * t[1]) - jnp.log1p(z * z)
+
+
+def _logistic(t, x):
+    z = (x - t[0]) / t[1]
+    return -jnp.log(t[1]) + log_sigmoid(z) + log_sigmoid(-z)
+
+
+def _gumbel(t, x):
+    z = (x - t[0]) / t[1]
+    return -jnp.log(t[1]) - z - jnp.exp(-z)
+
+
+def _weibull(t, x):
+    k, scale = t[0], t[1]
+    return jnp.log(k / scale) + (k - 1) * jnp.log(x / scale) - (x / scale) ** k
+
+
+def _inverse_gaussian(t, x):
+    mean, shape = t[0], t[1]
+    return 0.5 * jnp.log(shape / (2 * jnp.pi * x**3)) - shape * (x - mean) ** 2 / (2 * mean**2 * x)
+
+
+def _laplace(t, x):
+    return -jnp.abs(x - t[0]) / t[1] - jnp.log(2 * t[1])
+
+
 def _product(params, x):
     return _categorical(params["k"], x[0].astype(int)) + jax.nn.log_sigmoid((2 * x[1] - 1) * params["b"])
 
@@ -250,6 +353,12 @@ _p = np.array([0.5, 0.3, 0.2])
 _product_p = np.exp([0.1, -0.4, 0.9]) / np.exp([0.1, -0.4, 0.9]).sum()
 _sigmoid = lambda x: 1 / (1 + np.exp(-x))
 _counts = np.arange(80.0)
+_psi1 = lambda x: sc.polygamma(1, x)
+_A = sc.i1(1.5) / sc.i0(1.5)
+_euler = 1 - np.euler_gamma
+_alpha = np.array([2.5, 1.5, 3.0])
+_nb = scipy.stats.nbinom(3.0, 3.0 / 5.0)
+_bell = _line(-12, 14, 300)
 
 FISHERS = {
     "categorical logits": FisherCase(_categorical, np.log(_p), np.arange(3), np.diag(_p) - np.outer(_p, _p)),
@@ -276,6 +385,67 @@ FISHERS = {
     "circle": FisherCase(
         lambda t, k: 2 * jnp.log(jnp.stack([jnp.cos(t / 2), jnp.sin(t / 2)]))[k], 0.8, np.arange(2), 1.0
     ),
+    "negative binomial": FisherCase(
+        _negative_binomial_2, np.array([2.0, 3.0]), np.arange(150.0),
+        np.diag([3 / (2 * 5), _psi1(3.0) - _nb.pmf(np.arange(300)) @ _psi1(np.arange(300) + 3.0) - 2 / (3 * 5)]),
+    ),
+    "normal, mean and deviation": FisherCase(
+        lambda t, x: _normal(t[0], t[1] ** 2, x), np.array([0.5, 0.75]), fisher=np.diag([1, 2]) / 0.75**2, **_bell
+    ),
+    "normal, mean and variance": FisherCase(
+        lambda t, x: _normal(t[0], t[1], x), np.array([0.5, 0.75]), fisher=np.diag([1 / 0.75, 0.5 / 0.75**2]), **_bell
+    ),
+    "normal, mean and log deviation": FisherCase(
+        lambda t, x: _normal(t[0], jnp.exp(2 * t[1]), x), np.array([0.5, -0.25]),
+        fisher=np.diag([np.exp(0.5), 2]), **_bell
+    ),
+    "normal, natural": FisherCase(
+        _natural_normal, np.array([0.5, -1.0]),  # mean 0.25, variance 0.5
+        fisher=np.array([[0.5, 0.25], [0.25, 2 * 0.5**2 + 4 * 0.25**2 * 0.5]]), **_bell
+    ),
+    "exponential": FisherCase(
+        lambda rate, x: jnp.log(rate) - rate * x, 1.5, fisher=1 / 1.5**2, **_positive(-40, 4)
+    ),
+    "gamma": FisherCase(
+        _gamma, np.array([2.5, 1.5]), fisher=np.array([[_psi1(2.5), -1 / 1.5], [-1 / 1.5, 2.5 / 1.5**2]]),
+        **_positive(-18, 4.5)
+    ),
+    "beta": FisherCase(
+        _beta, np.array([2.5, 1.5]), fisher=np.diag(_psi1(np.array([2.5, 1.5]))) - _psi1(4.0),
+        **_line(-28, 28, 300, dx=lambda t: 1 / (2 + 2 * np.cosh(t)))
+    ),
+    "dirichlet": FisherCase(
+        _dirichlet, _alpha, fisher=np.diag(_psi1(_alpha)) - _psi1(_alpha.sum()), **_dirichlet_nodes()
+    ),
+    "von Mises": FisherCase(
+        _von_mises, np.array([0.5, 1.5]), fisher=np.diag([1.5 * _A, 1 - _A / 1.5 - _A**2]),
+        support=np.arange(64) * 2 * np.pi / 64, weights=np.full(64, 2 * np.pi / 64)
+    ),
+    "Student t": FisherCase(
+        _student, np.array([0.5, 0.75]), fisher=np.diag([6 / 8, 10 / 8]) / 0.75**2,
+        **_line(-10, 10, 300, np.sinh, np.cosh)
+    ),
+    "Cauchy": FisherCase(
+        _cauchy, np.array([0.5, 0.75]), fisher=np.eye(2) / (2 * 0.75**2), **_line(-36, 36, 900, np.sinh, np.cosh)
+    ),
+    "logistic": FisherCase(
+        _logistic, np.array([0.5, 0.75]), fisher=np.diag([1 / 3, (3 + np.pi**2) / 9]) / 0.75**2, **_line(-40, 40, 400)
+    ),
+    "Gumbel": FisherCase(
+        _gumbel, np.array([0.5, 0.75]),
+        fisher=np.array([[1, -_euler], [-_euler, np.pi**2 / 6 + _euler**2]]) / 0.75**2, **_line(-4, 40, 400)
+    ),
+    "Weibull": FisherCase(
+        _weibull, np.array([1.75, 2.0]),
+        fisher=np.array([[(_euler**2 + np.pi**2 / 6) / 1.75**2, -_euler / 2], [-_euler / 2, (1.75 / 2) ** 2]]),
+        **_positive(-28, 4)
+    ),
+    "inverse Gaussian": FisherCase(
+        _inverse_gaussian, np.array([1.5, 2.0]), fisher=np.diag([2 / 1.5**3, 1 / (2 * 2.0**2)]), **_positive(-5, 5)
+    ),
+    "Laplace": FisherCase(
+        _laplace, np.array([0.5, 0.75]), fisher=np.eye(2) / 0.75**2, **_sides(0.5, -40, 4)
+    ),
     "product, two leaves": FisherCase(
         _product,
         {"k": np.array([0.1, -0.4, 0.9]), "b": np.array(0.7)},
@@ -289,10 +459,11 @@ FISHERS = {
 
 
 def fisher_case(name, dtype):
-    """log_prob, params, support in `dtype`, and the formula."""
+    """log_prob, params, support in `dtype`, the formula, and the weights if there are any."""
     case = FISHERS[name]
     support = case.support if case.support.dtype.kind == "i" else case.support.astype(dtype)
-    return case.log_prob, cast(case.params, dtype), jnp.asarray(support), np.atleast_2d(case.fisher)
+    options = {} if case.weights is None else {"weights": jnp.asarray(case.weights, dtype)}
+    return case.log_prob, cast(case.params, dtype), jnp.asarray(support), np.atleast_2d(case.fisher), options
 
 
 # Families of Gaussians with parameters away from the standard ones; p3 is enough for every block to show.

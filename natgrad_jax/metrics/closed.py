@@ -64,8 +64,8 @@ def _inverse_square(scale: Array, x: Array, positive: bool) -> Array:
         ) from error
     full = full.astype(accumulator(_tree.real_dtype(jnp.result_type(float, x))))
     if positive:
-        if concrete(x) and not bool(jnp.all(jnp.asarray(x) > 0)):
-            raise ValueError(f"positive: expected parameters > 0, got a smallest one of {jnp.min(x)}")
+        if concrete(x) and not np.all(np.asarray(x) > 0):
+            raise ValueError(f"positive: expected parameters > 0, got a smallest one of {np.min(x)}")
         full = full * x
     return jnp.square(1 / full)
 

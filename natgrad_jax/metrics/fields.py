@@ -18,6 +18,7 @@ from natgrad_jax.metrics.shared import (
     check_real,
     check_real_outputs,
     check_scalar,
+    check_weights,
     nan_unless,
     one_of,
     pulled_back,
@@ -137,11 +138,8 @@ def _sample_roots(weights: Array | None, n: int, dtype: Any) -> Array:
     """√w, (n,), for weights that are made to sum to one; 1/n when left out."""
     if weights is None:
         return jnp.full(n, n**-0.5, dtype)
+    check_weights(weights, ((n,),), "weights")
     weights = jnp.asarray(weights, dtype)
-    if weights.shape != (n,):
-        raise ValueError(f"weights: expected one number for each of the n = {n} samples, got shape {weights.shape}")
-    if concrete(weights) and not bool(jnp.all(weights >= 0) & jnp.any(weights > 0)):
-        raise ValueError(f"weights: expected numbers ≥ 0, not all of them 0, got {weights}")
     return _tree.root(weights / jnp.sum(weights))
 
 
@@ -295,17 +293,16 @@ def energy(
     """
     form = Form.of(jac, chunk_size, matrix_free)
     for leaf in jax.tree.leaves(weights):
-        if concrete(leaf) and not np.all(np.asarray(leaf) >= 0):
-            raise ValueError(f"weights: expected numbers ≥ 0, got {leaf}")
+        check_weights(leaf, (jnp.shape(leaf),), "weights")
 
     def energy(params: PyTree, *, points: PyTree, quadrature: Array | None = None) -> Operator:
         n = leading_axis(points, "points")
         check_no_nan(points, "points")
         check_real(params)
         out, dtype = check_real_outputs(fields, params, points, "fields"), Space.of(params).dtype
+        if quadrature is not None:
+            check_weights(quadrature, ((n,),), "quadrature")
         measure = jnp.full(n, 1 / n, dtype) if quadrature is None else jnp.asarray(quadrature, dtype)
-        if measure.shape != (n,) or (concrete(measure) and not bool(jnp.all(measure >= 0))):
-            raise ValueError(f"quadrature: expected n = {n} weights ≥ 0, got shape {measure.shape}: {quadrature}")
         full = jax.tree.map(lambda c, part: jax.tree.map(lambda x: jnp.broadcast_to(c, x.shape), part), weights, out)
         roots = _tree.root(measure)[:, None] * _tree.root(_tree.ravel(full).astype(dtype))
         return pulled_back(fields, params, points, roots, form)

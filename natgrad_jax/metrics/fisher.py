@@ -11,7 +11,15 @@ from jax import Array
 
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, concrete, leading_axis
-from natgrad_jax.metrics.shared import Form, Metric, check_log_prob, check_no_nan, nan_unless, pulled_back
+from natgrad_jax.metrics.shared import (
+    Form,
+    Metric,
+    check_log_prob,
+    check_no_nan,
+    check_weights,
+    nan_unless,
+    pulled_back,
+)
 from natgrad_jax.operators import Dense, Gram, Implicit
 
 LogProb = Callable[..., Array]
@@ -328,12 +336,8 @@ def log_weights(weights: Array | None, support: PyTree) -> Array:
     check_no_nan(support, "support")
     if weights is None:
         return jnp.zeros(n)
-    weights = jnp.asarray(weights)
-    if weights.shape != (n,):
-        raise ValueError(f"weights: expected one number for each of the n = {n} points, got shape {weights.shape}")
-    if concrete(weights) and not bool(jnp.all(weights >= 0)):
-        raise ValueError(f"weights: expected numbers ≥ 0, got {jnp.min(weights)}; take a quadrature rule without them")
-    return jnp.log(weights)
+    check_weights(weights, ((n,),), "weights")
+    return jnp.log(jnp.asarray(weights))
 
 
 def _roots(log_values: Array) -> Array:

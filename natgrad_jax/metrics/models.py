@@ -19,6 +19,7 @@ from natgrad_jax.metrics.shared import (
     check_real,
     check_real_outputs,
     check_scalar,
+    check_weights,
     flat,
     nan_unless,
     outputs,
@@ -250,11 +251,9 @@ def _term(one: OneExample, params: PyTree, batch: PyTree, weight: Any, form: For
     n = leading_axis(batch, "batch")
     check_real_outputs(one, params, batch, "residuals")
     dtype = Space.of(params).dtype
-    weight = jnp.asarray(1.0 if weight is None else weight, dtype)
-    if weight.shape not in ((), (n,)):
-        raise ValueError(f"weights: expected a number, or one for each of n = {n} examples, got shape {weight.shape}")
-    if concrete(weight) and not bool(jnp.all(weight >= 0)):
-        raise ValueError(f"weights: expected numbers ≥ 0, got {jnp.min(weight)}")
+    weight = 1.0 if weight is None else weight
+    check_weights(weight, ((), (n,)), "weights")
+    weight = jnp.asarray(weight, dtype)
     root = jnp.broadcast_to(_tree.root(weight), (n,))
     e = None
     if form.chunk_size is None and not form.matrix_free:

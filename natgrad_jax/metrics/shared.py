@@ -223,6 +223,15 @@ def check_no_nan(tree: PyTree, name: str) -> None:
             raise ValueError(f"{name}{jax.tree_util.keystr(path)}: expected numbers, got NaN; drop those points")
 
 
+def check_weights(weights: Any, shapes: tuple[tuple[int, ...], ...], name: str) -> None:
+    """Raise unless the weights have one of the shapes, and none of them can be seen to be negative or NaN."""
+    if jnp.shape(weights) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {expected}, one number for each point, got {jnp.shape(weights)}")
+    if concrete(weights) and not np.all(np.asarray(weights) >= 0):
+        raise ValueError(f"{name}: expected numbers ≥ 0, got a smallest one of {np.min(weights)}")
+
+
 def nan_unless(fine: Array, dtype: Any) -> Array:
     """1 where `fine`, else NaN: multiplies what must not be used."""
     return jnp.where(fine, 1, jnp.nan).astype(dtype)
