@@ -64,7 +64,7 @@ def _inverse_square(scale: Array, x: Array, positive: bool) -> Array:
         ) from error
     full = full.astype(accumulator(_tree.real_dtype(jnp.result_type(float, x))))
     if positive:
-        if concrete(x) and not np.all(np.asarray(x) > 0):
+        if concrete(x) and np.any(np.asarray(x) <= 0):
             raise ValueError(f"positive: expected parameters > 0, got a smallest one of {np.min(x)}")
         full = full * x
     return jnp.square(1 / full)
@@ -209,10 +209,11 @@ def quasi_diagonal(metric: Metric, biases: Callable[[PyTree], list[tuple[Array, 
         own = owner == np.arange(owner.size)
         diagonal, beside = _columns(operator, owner)
         base = diagonal[owner]
-        coupling = jnp.where(own | (base <= 0), 0, beside / jnp.where(base > 0, base, 1))
+        # A NaN stays one: it is not less than anything.
+        coupling = jnp.where(own | (base == 0), 0, beside / jnp.where(base == 0, 1, base))
         # What is left of a weight once its bias has moved: not negative, and 0 to rounding is 0.
         left = jnp.where(own, diagonal, jnp.maximum(diagonal - coupling * beside, 0))
-        left = jnp.where(left > owner.size * jnp.finfo(left.dtype).eps * diagonal, left, 0)
+        left = jnp.where(left <= owner.size * jnp.finfo(left.dtype).eps * diagonal, 0, left)
         arrays = (jnp.asarray(owner), coupling, left)
         space = operator.space
         return Closed(Partial(_Quasi(space, False), *arrays), Partial(_Quasi(space, True), *arrays), space)
@@ -260,7 +261,7 @@ class _Quasi:
         gather = lambda x: x + jnp.zeros_like(x).at[owner].add(coupling * x)  # noqa: E731
         if self.inverse:
             x = flat - coupling * flat[owner]  # L⁻ᵀ
-            x = jnp.where(left > 0, x / jnp.where(left > 0, left, 1), 0)
+            x = jnp.where(left == 0, 0, x / jnp.where(left == 0, 1, left))
             return self.space.unravel(x - jnp.zeros_like(x).at[owner].add(coupling * x))
         x = left * gather(flat)
         return self.space.unravel(x + coupling * x[owner])

@@ -81,14 +81,14 @@ def quantum_geometric(
         out = _check_amplitude(log_psi, params, samples, holomorphic)
         roots = _sample_roots(weights, n, _tree.real_dtype(space.dtype))
         if holomorphic:
-            return pulled_back(log_psi, params, samples, roots, form, centred=True)
+            return pulled_back(log_psi, params, samples, roots, form, centre=0)
         pair = is_complex(out.dtype)
         if not any(map(is_complex, space.dtypes)):
             f = _RealAndImaginary(log_psi) if pair else log_psi
-            return pulled_back(f, params, samples, roots, form, centred=True)
+            return pulled_back(f, params, samples, roots, form, centre=0)
         joined = _OfParts(log_psi, space)
         f = _RealAndImaginary(joined) if pair else joined
-        parts = pulled_back(f, _tree.real_parts(params), samples, roots, form, centred=True)
+        parts = pulled_back(f, _tree.real_parts(params), samples, roots, form, centre=0)
         return RealParts(parts, space)
 
     return quantum_geometric
@@ -233,7 +233,7 @@ def _tanh_sinh(n: int, eps: float) -> tuple[np.ndarray, np.ndarray]:
 def _inverted(cdf: Callable[..., Array], theta: PyTree, u: Array, low: Any, high: Any) -> tuple[Array, Array]:
     """x with F(x) = u, and the density there."""
     low, high = jnp.asarray(low, u.dtype), jnp.asarray(high, u.dtype)
-    held = (low < high) & (cdf(theta, low) <= u[0]) & (cdf(theta, high) >= u[-1])
+    held = ~((low >= high) | (cdf(theta, low) > u[0]) | (cdf(theta, high) < u[-1]))
     if concrete(held) and not bool(held):
         raise ValueError(
             f"bracket: expected low < high with F(low) ≤ {float(u[0]):.3g} and F(high) ≥ 1 − {1 - float(u[-1]):.3g}, "

@@ -223,7 +223,7 @@ def monte_carlo_fisher(
         draws = jax.vmap(lambda k: sample(params, k))(jax.random.split(key, num_samples))
         check_log_prob(log_prob, params, draws)
         roots = _equal_roots(num_samples, num_samples - centred, params)
-        return pulled_back(log_prob, params, draws, roots, form, centred=centred)
+        return pulled_back(log_prob, params, draws, roots, form, centre=0 if centred else None)
 
     def conditional(params: PyTree, *, key: Array, batch: PyTree) -> Gram | Dense | Implicit:
         n = leading_axis(batch, "batch")
@@ -231,8 +231,8 @@ def monte_carlo_fisher(
         draws = jax.vmap(lambda some, x: jax.vmap(lambda k: sample(params, k, x))(some))(keys, batch)
         check_log_prob(log_prob, params, jax.tree.map(lambda y: y[0], draws), batch)
         roots = _equal_roots(n, n * (num_samples - centred), params)
-        of_input = _GivenInput(log_prob, _mean if centred else _nothing)
-        return pulled_back(of_input, params, (draws, batch, jnp.zeros(n)), roots, form)
+        centre = 1 if centred else None
+        return pulled_back(_GivenInput(log_prob), params, (draws, batch), roots, form, centre=centre)
 
     return _named(conditional, "monte_carlo_fisher") if inputs else monte_carlo_fisher
 
@@ -282,27 +282,13 @@ def empirical_fisher(
 
 @dataclass(frozen=True)
 class _GivenInput:
-    """(params, (ys, x, log w)) ↦ log q(y | x) for every y, less what `common` makes of them all."""
+    """(params, (ys, x)) ↦ log q(y | x) for every y."""
 
     log_prob: LogProb
-    common: Callable[[Array, Array], Array | float]
 
-    def __call__(self, params: PyTree, point: tuple[PyTree, PyTree, Array]) -> Array:
-        ys, x, log_w = point
-        values = jax.vmap(lambda y: self.log_prob(params, y, x))(ys)
-        return values - self.common(values, log_w.astype(values.dtype))
-
-
-def _nothing(values: Array, log_w: Array) -> float:
-    return 0.0
-
-
-def _mean(values: Array, log_w: Array) -> Array:
-    return jnp.mean(values)
-
-
-def _log_total(values: Array, log_w: Array) -> Array:
-    return jax.nn.logsumexp(values + log_w)
+    def __call__(self, params: PyTree, point: tuple[PyTree, PyTree]) -> Array:
+        ys, x = point
+        return jax.vmap(lambda y: self.log_prob(params, y, x))(ys)
 
 
 def _exact(
@@ -312,8 +298,7 @@ def _exact(
     theta = _tree.raised(params)
     values = jax.lax.map(lambda x: log_prob(theta, x), support, batch_size=form.chunk_size or log_w.size)
     values = values + log_w.astype(values.dtype)
-    roots = _roots(values) if normalized else jnp.exp(jax.nn.log_softmax(values) / 2)
-    return pulled_back(log_prob, params, support, roots, form, centred=not normalized)
+    return pulled_back(log_prob, params, support, _roots(values, normalized), form, centre=None if normalized else 0)
 
 
 def _exact_conditional(
@@ -323,11 +308,10 @@ def _exact_conditional(
     check_log_prob(log_prob, params, support, batch)
     theta = _tree.raised(params)
     each = lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x)))  # noqa: E731
-    points = (jax.tree.map(each, support), batch, each(log_w))
-    of_input = _GivenInput(log_prob, _nothing if normalized else _log_total)
+    points, of_input = (jax.tree.map(each, support), batch), _GivenInput(log_prob)
     values = jax.lax.map(lambda point: of_input(theta, point), points, batch_size=form.chunk_size or n)
-    roots = _roots(values + log_w.astype(values.dtype)) / math.sqrt(n)
-    return pulled_back(of_input, params, points, roots, form)
+    roots = _roots(values + log_w.astype(values.dtype), normalized) / math.sqrt(n)
+    return pulled_back(of_input, params, points, roots, form, centre=None if normalized else 1)
 
 
 def log_weights(weights: Array | None, support: PyTree) -> Array:
@@ -340,8 +324,10 @@ def log_weights(weights: Array | None, support: PyTree) -> Array:
     return jnp.log(jnp.asarray(weights))
 
 
-def _roots(log_values: Array) -> Array:
-    """√(wq) from log(wq); NaN, or an error with the sum, where the last axis does not sum to one."""
+def _roots(log_values: Array, normalized: bool) -> Array:
+    """√(wq) from log(wq), made to sum to one over the last axis; if they must already, an error or NaN where not."""
+    if not normalized:
+        return jnp.exp(jax.nn.log_softmax(log_values) / 2)
     # The NaN enters behind exp: compiled for a CPU in float32, exp of a selected NaN may come out finite.
     return _one_if_normalized(log_values) * jnp.exp(log_values / 2)
 

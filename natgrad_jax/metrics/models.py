@@ -155,7 +155,8 @@ def _hessian_roots(loss: Callable[[PyTree, PyTree], Array], z: PyTree, batch: Py
     probe = jnp.cos(jnp.arange(1.0, n * k + 1, dtype=space.dtype)).reshape(n, k)
     gap = _tree.norm((product(probe) - jnp.einsum("nij,nj->ni", hessian, probe)).ravel())
     tolerance = jnp.finfo(space.dtype).eps ** 0.5
-    alone = gap <= tolerance * _tree.norm(hessian.ravel())
+    # A NaN is neither: it goes on as a number does, and no step is taken.
+    alone = ~(gap > tolerance * _tree.norm(hessian.ravel()))
     root, convex = jax.vmap(_root)(hessian)
     if concrete(alone) and not bool(alone):
         raise ValueError(
@@ -178,7 +179,7 @@ def _root(matrix: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(matrix * inverse[:, None] * inverse)
     # A row whose diagonal is not positive must be zero.
     dead = jnp.where(scale > 0, 0, jnp.max(jnp.abs(matrix), axis=1))
-    fine = jnp.all(values >= -(jnp.finfo(matrix.dtype).eps ** 0.5)) & jnp.all(dead == 0)
+    fine = ~jnp.any(values < -(jnp.finfo(matrix.dtype).eps ** 0.5)) & ~jnp.any(dead > 0)
     return _tree.root(jnp.maximum(values, 0))[:, None] * vectors.T * scale, fine
 
 

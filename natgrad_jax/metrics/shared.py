@@ -46,7 +46,7 @@ def pulled_back(
     roots: Array,
     form: Form,
     *,
-    centred: bool = False,
+    centre: int | None = None,
     residual: Array | None = None,
 ) -> Gram | Dense | Implicit:
     """G = Σ_i w_i J_iᵀJ_i for J_i = ∂f(θ, x_i)/∂θ, in the form that was asked for; n·k rows √w_i J_i.
@@ -57,41 +57,80 @@ def pulled_back(
         points: the x_i on the leading axis, n of them.
         roots: √w_i, shape (n,), or (n, k) with one for each output.
         form: rows; with `chunk_size` the matrix, with `matrix_free` products alone.
-        centred: take the weighted mean out of the J_i, before anything is contracted.
+        centre: take the weighted mean out of the rows before anything is contracted: 0, that over the points, or 1,
+            that over the outputs of each.
         residual: e, shape (n·k,), for the g = Aᵀe that is likely to be solved for.
     """
     n = leading_axis(points, "points")
     if form.matrix_free:
-        if centred and form.chunk_size is not None:
+        if centre == 0 and form.chunk_size is not None:
             raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
-        return Implicit(_Outputs(f, centred), params, (points, roots), chunk_size=form.chunk_size)
+        return Implicit(_Outputs(f, centre), params, (points, roots), chunk_size=form.chunk_size)
     theta = _tree.raised(params)
-    mean = _mean_rows(f, theta, points, roots, form.chunk_size) if centred else None
-    rows = lambda data: _rows(f, theta, data, mean, form.jac)  # noqa: E731
     if form.chunk_size is None:
-        return Gram(rows((points, roots)), residual)
+        residual = residual if jax.tree.leaves(theta) else None
+        return Gram(_rows(f, theta, (points, roots), form.jac, centre), residual)
     size = min(form.chunk_size, n)
-    return Dense(chunked_sum(lambda data: Gram(rows(data)).dense(), (points, roots), size), Space.of(params))
+    common = _common(f, theta, points, roots, form.jac, size) if centre == 0 else None
+    gram = lambda data: Gram(_rows(f, theta, data, form.jac, centre, common)).dense()  # noqa: E731
+    return Dense(chunked_sum(gram, (points, roots), size), Space.of(params))
 
 
-def _rows(f: OfOne, theta: PyTree, data: tuple[PyTree, Array], mean: PyTree | None, jac: str) -> PyTree:
-    """The rows √w_i (J_i − mean) of all (points, roots), k after k, shaped like the parameters."""
+def _rows(
+    f: OfOne, theta: PyTree, data: tuple[PyTree, Array], jac: str, centre: int | None, common: PyTree | None = None
+) -> PyTree:
+    """The rows of all (points, roots), k after k, shaped like the parameters."""
     points, roots = data
-    one = lambda point, root: rows_of(lambda t: flat(f(t, point)), theta, jac, root)  # noqa: E731
-    if mean is None:
-        rows = jax.vmap(one)(points, roots)
+    if centre is None:
+        rows = jax.vmap(lambda x, root: rows_of(lambda t: flat(f(t, x)), theta, jac, root))(points, roots)
     else:
         # Centred first, weighted then: the rounding of a large common part stays in the common part.
-        spread = lambda x: jnp.reshape(roots, roots.shape + (1,) * (x.ndim - roots.ndim))  # noqa: E731
-        rows = jax.vmap(lambda point: one(point, 1.0))(points)
-        rows = jax.tree.map(lambda x, m: spread(x) * (x - m), rows, mean)
+        rows = _differences(f, theta, points, jac, centre, None if common is None else common[0])
+        mean = _mean(rows, roots, centre) if common is None else common[1]
+        rows = jax.tree.map(lambda x, m: _as_rows(roots, x) * (x - m), rows, mean)
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows)
+
+
+def _differences(f: OfOne, theta: PyTree, points: PyTree, jac: str, centre: int, first: PyTree | None) -> PyTree:
+    """The J_i less the first of them. A column in which all are the same becomes 0, which no mean leaves it."""
+    rows = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(points)
+    if first is None:
+        first = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, 1, axis=centre), rows)
+    return jax.tree.map(jnp.subtract, rows, first)
+
+
+def _mean(rows: PyTree, roots: Array, centre: int) -> PyTree:
+    """The mean of (n, k, …) rows over one of the first two axes, which is kept."""
+    weights = jnp.square(_by_example(roots))
+    weights = weights / jnp.sum(weights, axis=centre, keepdims=True)
+    return jax.tree.map(lambda x: jnp.sum(_as_rows(weights, x) * x, axis=centre, keepdims=True), rows)
+
+
+def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, jac: str, size: int) -> tuple[PyTree, PyTree]:
+    """What is taken out of every row, in chunks: the first of all, and the mean of the differences to it."""
+    zero = jax.tree.map(lambda x: jnp.asarray(x)[:1], points)
+    first = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(zero)
+    weights = jnp.square(roots)
+    weights = weights / jnp.sum(weights, axis=0)
+
+    def part(data: tuple[PyTree, Array]) -> PyTree:
+        rows = _differences(f, theta, data[0], jac, 0, first)
+        return jax.tree.map(lambda x: jnp.sum(_as_rows(data[1], x) * x, axis=0, keepdims=True), rows)
+
+    return first, chunked_sum(part, (points, weights), size)
+
+
+def _as_rows(roots: Array, rows: Array) -> Array:
+    """(n,) or (n, k), ready to multiply (n, k, …), in its dtype."""
+    return jnp.reshape(roots, roots.shape + (1,) * (rows.ndim - roots.ndim)).astype(rows.dtype)
 
 
 def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str, root: Array | float = 1.0) -> PyTree:
     """root · ∂g/∂θ, (k, …) in the place of each leaf; in reverse mode the root scales the cotangents, not the rows."""
     out = jax.eval_shape(g, theta)
     (k,), p = out.shape, sum(x.size for x in jax.tree.leaves(theta))
+    if p == 0:
+        return jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), theta)
     if jac == "fwd" or (jac == "auto" and p <= FORWARD_UP_TO * k):
         scale = jnp.broadcast_to(jnp.asarray(root, out.dtype), (k,))
         rows = jax.jacfwd(g, holomorphic=is_complex(out.dtype))(theta)
@@ -103,32 +142,19 @@ def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str, root: Array |
     return jax.vmap(lambda u: pull(u)[0])(cotangents)
 
 
-def _mean_rows(f: OfOne, theta: PyTree, points: PyTree, roots: Array, chunk_size: int | None) -> PyTree:
-    """Σ w_i J_i / Σ w_i, (k, …) in the place of each leaf: k gradients of a sum, no rows."""
-    weights = jnp.square(roots)
-    weights = weights / jnp.sum(weights, axis=0)
-
-    def mean(theta: PyTree) -> Array:
-        part = lambda data: jnp.sum(_by_example(data[1]) * outputs(f, theta, data[0]), axis=0)  # noqa: E731
-        return chunked_sum(part, (points, weights), chunk_size)
-
-    out = jax.eval_shape(mean, theta)
-    return jax.jacrev(mean, holomorphic=is_complex(out.dtype))(theta)
-
-
 @dataclass(frozen=True)
 class _Outputs:
     """(params, (points, roots)) ↦ the outputs whose Jacobian the rows are; equal for equal f, so it compiles once."""
 
     f: OfOne
-    centred: bool
+    centre: int | None
 
     def __call__(self, params: PyTree, data: tuple[PyTree, Array]) -> Array:
         points, roots = data
         out, roots = outputs(self.f, params, points), _by_example(roots)
-        if self.centred:
-            weights = jnp.square(roots)
-            out = out - jnp.sum(weights * out, axis=0) / jnp.sum(weights, axis=0)
+        if self.centre is not None:
+            out = out - jax.lax.slice_in_dim(out, 0, 1, axis=self.centre)
+            out = out - _mean(out, roots, self.centre)
         return roots.astype(out.dtype) * out
 
 
