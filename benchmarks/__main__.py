@@ -16,7 +16,7 @@ import optax
 import natgrad_jax as ng
 from natgrad_jax.demo import double_precision
 
-NAMES = ("inference", "full_rank", "jacobian", "solvers")
+NAMES = ("inference", "full_rank", "jacobian", "solvers", "metrics")
 RESULTS = Path(__file__).parent / "results"
 
 

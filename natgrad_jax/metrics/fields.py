@@ -1,5 +1,6 @@
 """Metrics of functions: the quantum geometric tensor, Wasserstein distance in one dimension, norms of fields."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -364,5 +365,6 @@ class _Derivatives:
         for m in range(self.orders[-1] + 1):
             if m in self.orders:
                 out.append(derivative(x))
-            derivative = jax.jacfwd(derivative)
+            smaller = math.prod(jax.eval_shape(derivative, x).shape) < jnp.size(x)
+            derivative = (jax.jacrev if smaller else jax.jacfwd)(derivative)
         return tuple(out)

@@ -67,17 +67,19 @@ def pulled_back(
             raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
         return Implicit(_Outputs(f, centre), params, (points, roots), chunk_size=form.chunk_size)
     theta = _tree.raised(params)
+    common = _common(f, theta, points, roots, form) if centre == 0 else None
+    rows = lambda data: _rows(f, theta, data, form.jac, centre, common)  # noqa: E731
     if form.chunk_size is None:
-        residual = residual if jax.tree.leaves(theta) else None
-        return Gram(_rows(f, theta, (points, roots), form.jac, centre), residual)
-    size = min(form.chunk_size, n)
-    common = _common(f, theta, points, roots, form.jac, size) if centre == 0 else None
-    gram = lambda data: Gram(_rows(f, theta, data, form.jac, centre, common)).dense()  # noqa: E731
-    return Dense(chunked_sum(gram, (points, roots), size), Space.of(params))
+        return Gram(rows((points, roots)), residual if jax.tree.leaves(theta) else None)
+    gram = lambda data: Gram(rows(data)).dense()  # noqa: E731
+    return Dense(chunked_sum(gram, (points, roots), min(form.chunk_size, n)), Space.of(params))
+
+
+Common = tuple[PyTree, PyTree]
 
 
 def _rows(
-    f: OfOne, theta: PyTree, data: tuple[PyTree, Array], jac: str, centre: int | None, common: PyTree | None = None
+    f: OfOne, theta: PyTree, data: tuple[PyTree, Array], jac: str, centre: int | None, common: Common | None
 ) -> PyTree:
     """The rows of all (points, roots), k after k, shaped like the parameters."""
     points, roots = data
@@ -85,39 +87,40 @@ def _rows(
         rows = jax.vmap(lambda x, root: rows_of(lambda t: flat(f(t, x)), theta, jac, root))(points, roots)
     else:
         # Centred first, weighted then: the rounding of a large common part stays in the common part.
-        rows = _differences(f, theta, points, jac, centre, None if common is None else common[0])
-        mean = _mean(rows, roots, centre) if common is None else common[1]
-        rows = jax.tree.map(lambda x, m: _as_rows(roots, x) * (x - m), rows, mean)
+        plain = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(points)
+        first, shift = common or _common_to_outputs(plain, roots)
+        rows = jax.tree.map(lambda x, y, m: _as_rows(roots, x) * ((x - y) - m), plain, first, shift)
     return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows)
 
 
-def _differences(f: OfOne, theta: PyTree, points: PyTree, jac: str, centre: int, first: PyTree | None) -> PyTree:
-    """The J_i less the first of them. A column in which all are the same becomes 0, which no mean leaves it."""
-    rows = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(points)
-    if first is None:
-        first = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, 1, axis=centre), rows)
-    return jax.tree.map(jnp.subtract, rows, first)
+def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form) -> Common:
+    """What is taken out of every row: the first of all rows, and how far the mean is from it.
+
+    In two steps, so that a column of equal numbers becomes 0: rounding that is left there would pass for curvature. The
+    mean costs a gradient, and so does the same sum over copies of the first point, whose rounding it shares.
+    """
+    weights = jnp.square(roots) / jnp.sum(jnp.square(roots), axis=0)
+    first = jax.tree.map(lambda x: jnp.asarray(x)[:1], points)
+    copies = jax.tree.map(lambda x, y: jnp.broadcast_to(y, jnp.shape(x)), points, first)
+    both = jax.tree.map(lambda x, y: jnp.stack([x, y]), points, copies)
+
+    def total(points: PyTree) -> PyTree:
+        part = lambda theta, data: jnp.sum(_by_example(data[1]) * outputs(f, theta, data[0]), axis=0)  # noqa: E731
+        whole = lambda theta: chunked_sum(lambda data: part(theta, data), (points, weights), form.chunk_size)  # noqa: E731
+        return rows_of(whole, theta, form.jac)
+
+    # A loop, so that one and the same compiled sum serves both.
+    shift = jax.tree.map(lambda x: x[:1] - x[1:], jax.lax.map(total, both))
+    return jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, form.jac))(first), shift
 
 
-def _mean(rows: PyTree, roots: Array, centre: int) -> PyTree:
-    """The mean of (n, k, …) rows over one of the first two axes, which is kept."""
+def _common_to_outputs(rows: PyTree, roots: Array) -> Common:
+    """The same for the outputs of each point, in the rows (n, k, …) themselves."""
     weights = jnp.square(_by_example(roots))
-    weights = weights / jnp.sum(weights, axis=centre, keepdims=True)
-    return jax.tree.map(lambda x: jnp.sum(_as_rows(weights, x) * x, axis=centre, keepdims=True), rows)
-
-
-def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, jac: str, size: int) -> tuple[PyTree, PyTree]:
-    """What is taken out of every row, in chunks: the first of all, and the mean of the differences to it."""
-    zero = jax.tree.map(lambda x: jnp.asarray(x)[:1], points)
-    first = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(zero)
-    weights = jnp.square(roots)
-    weights = weights / jnp.sum(weights, axis=0)
-
-    def part(data: tuple[PyTree, Array]) -> PyTree:
-        rows = _differences(f, theta, data[0], jac, 0, first)
-        return jax.tree.map(lambda x: jnp.sum(_as_rows(data[1], x) * x, axis=0, keepdims=True), rows)
-
-    return first, chunked_sum(part, (points, weights), size)
+    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
+    first = jax.tree.map(lambda x: x[:, :1], rows)
+    mean = lambda x, y: jnp.sum(_as_rows(weights, x) * (x - y), axis=1, keepdims=True)  # noqa: E731
+    return first, jax.tree.map(mean, rows, first)
 
 
 def _as_rows(roots: Array, rows: Array) -> Array:
@@ -153,8 +156,10 @@ class _Outputs:
         points, roots = data
         out, roots = outputs(self.f, params, points), _by_example(roots)
         if self.centre is not None:
+            weights = jnp.square(roots)
             out = out - jax.lax.slice_in_dim(out, 0, 1, axis=self.centre)
-            out = out - _mean(out, roots, self.centre)
+            mean = jnp.sum(weights * out, axis=self.centre, keepdims=True)
+            out = out - mean / jnp.sum(weights, axis=self.centre, keepdims=True)
         return roots.astype(out.dtype) * out
 
 
