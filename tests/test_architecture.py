@@ -26,7 +26,8 @@ ALLOWED = {
 SHOWROOMS = {"__init__", "__main__", "demo"}
 # Shared between modules, not promised to users.
 HELPERS = {
-    "metrics.check_log_prob", "damping.as_rule", "damping.at", "damping.known_scale", "damping.root_mean_square",
+    "metrics.check_log_prob", "metrics.check_weights",
+    "damping.as_rule", "damping.at", "damping.known_scale", "damping.root_mean_square",
     "damping.squares", "operators.is_operator", "solvers.factor", "solvers.implicit", "solvers.check_solver",
 }  # fmt: skip
 PUBLIC = [

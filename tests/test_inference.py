@@ -47,6 +47,17 @@ def test_exact_kl_is_the_sum_over_states(chunk_size, dtype):
     assert value.dtype == gradient.dtype == dtype
 
 
+@pytest.mark.parametrize("chunk_size", [None, 100])
+def test_exact_kl_of_densities_on_nodes(chunk_size, float64):
+    """N(−2, ½²) against N(1, 2²): ½(v₁/v₂ + Δ²/v₂ − 1 + log v₂/v₁)."""
+    nodes, log_pdf = jnp.linspace(-8.0, 4.0, 401), jax.scipy.stats.norm.logpdf
+    log_q = lambda t, x: log_pdf(x, t[0], t[1])
+    weights = jnp.full(401, 12 / 400)
+    kl = ng.inference.exact_kl(log_q, lambda x: log_pdf(x, 1.0, 2.0), nodes, weights=weights, chunk_size=chunk_size)
+    expected = 0.5 * (0.25 / 4 + 9 / 4 - 1 + np.log(4 / 0.25))
+    np.testing.assert_allclose(kl(jnp.array([-2.0, 0.5])), expected, rtol=1e-12)
+
+
 def test_exact_kl_where_one_side_has_no_mass(dtype):
     log_q = lambda p, k: jnp.log(p)[k]
     log_p = lambda k: jnp.where(k == 0, jnp.asarray(np.log(0.25), dtype), -jnp.inf)

@@ -8,15 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax._tree import PyTree, chunked_sum, leading_axis
-from natgrad_jax.metrics import LogProb, check_log_prob
+from natgrad_jax.metrics import LogProb, check_log_prob, check_weights
 
 LogDensity = Callable[..., Array]
 
 
 def exact_kl(
-    log_prob: LogProb, log_density: LogDensity, support: PyTree, *, chunk_size: int | None = None
+    log_prob: LogProb,
+    log_density: LogDensity,
+    support: PyTree,
+    *,
+    weights: Array | None = None,
+    chunk_size: int | None = None,
 ) -> Callable[[PyTree], Array]:
-    """KL(q_θ‖p̃) = Σ_x q(x) (log q(x) − log p̃(x)) over a finite support, a function of the parameters.
+    """KL(q_θ‖p̃) = Σ_x w(x) q(x) (log q(x) − log p̃(x)) over a finite support or quadrature nodes.
 
     For an unnormalised p̃ = Z·p this is KL(q‖p) − log Z, minus the ELBO.
 
@@ -24,6 +29,7 @@ def exact_kl(
         log_prob: log q, log_prob(params, x) for one x, normalised over the support.
         log_density: log p̃(x) for one x; −inf is allowed, and gives +inf where q > 0.
         support: every x on the leading axis of each leaf.
+        weights: quadrature weights w(x) ≥ 0, shape (n,), for densities on nodes; 1 when left out.
         chunk_size: points per chunk: bounds the memory of the sum and of its gradient.
 
     Returns:
@@ -40,18 +46,21 @@ def exact_kl(
         >>> float(kl(jnp.zeros(2)))
         0.0
     """
-    leading_axis(support, "support")
+    n = leading_axis(support, "support")
+    if weights is not None:
+        check_weights(weights, ((n,),), "weights")
 
     def kl(params: PyTree) -> Array:
         check_log_prob(log_prob, params, support)
 
-        def term(x: PyTree) -> Array:
+        def term(x: PyTree, weight: Array) -> Array:
             log_q = log_prob(params, x)
             massive = jnp.exp(log_q) > 0
             gap = jnp.where(massive, log_q, 0) - jnp.where(massive, log_density(x), 0)
-            return jnp.where(massive, jnp.exp(log_q) * gap, 0)
+            return jnp.where(massive, weight.astype(log_q.dtype) * jnp.exp(log_q) * gap, 0)
 
-        return chunked_sum(lambda xs: jnp.sum(jax.vmap(term)(xs)), support, chunk_size)
+        points = (support, jnp.ones(n) if weights is None else jnp.asarray(weights))
+        return chunked_sum(lambda chunk: jnp.sum(jax.vmap(term)(*chunk)), points, chunk_size)
 
     return kl
 

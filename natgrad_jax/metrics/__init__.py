@@ -25,7 +25,7 @@ from natgrad_jax.metrics.fisher import (
     monte_carlo_fisher,
 )
 from natgrad_jax.metrics.models import gauss_newton, least_squares, pullback, value_and_grad
-from natgrad_jax.metrics.shared import Metric, check_log_prob
+from natgrad_jax.metrics.shared import Metric, check_log_prob, check_weights
 
 __all__ = [
     "FisherReport",
@@ -33,6 +33,7 @@ __all__ = [
     "Metric",
     "check_fisher",
     "check_log_prob",
+    "check_weights",
     "empirical_fisher",
     "energy",
     "fisher",

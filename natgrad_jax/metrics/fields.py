@@ -157,7 +157,8 @@ def wasserstein_1d(
         G = ∫₀¹ ∂Q_θ(u) ∂Q_θ(u)ᵀ du,    ∂Q = −∂F / ∂ₓF for a distribution function F
 
     It is the kinetic energy of moving the mass, in squared units of x, and exists where supports move with θ (uniform
-    on [0, θ]: 1/3), or are disjoint, and the Fisher information does not.
+    on [0, θ]: 1/3), or are disjoint, and the Fisher information does not. In the mean and the deviation of a location
+    and scale family it is the identity: the ordinary gradient there is this one.
 
     Args:
         quantile: quantile(params, u) for one u in (0, 1).

@@ -243,9 +243,9 @@ def empirical_fisher(
     """The mean of s(x) s(x)ᵀ over the data: the covariance of the scores, about zero, *not* under the model.
 
     It is the Fisher information only where the model has become the distribution of the data. Elsewhere it misleads: it
-    has no definite relation to curvature, and since it grows with the square of the residuals the steps are longest
-    where the fit is already good. For steps use `fisher`, `monte_carlo_fisher` or `gauss_newton`; the place for this
-    one is the variance of gradients.
+    has no definite relation to curvature. It grows with the square of the misfit, so that the steps shrink the further
+    the model is off, and are longest where misfit and noise are alike. For steps use `fisher`, `monte_carlo_fisher` or
+    `gauss_newton`; the place for this one is the variance of gradients.
 
     Args:
         log_prob: log_prob(params, x) for one example x, labels included, in nats.
