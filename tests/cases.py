@@ -299,7 +299,7 @@ def _dirichlet(t, x):
 
 
 def _dirichlet_nodes():
-    t, h = np.linspace(-28, 28, 150, retstep=True)
+    t, h = np.linspace(-25, 25, 110, retstep=True)
     a, b = (x.ravel() for x in np.meshgrid(t, t))
     slope = lambda x: 1 / (2 + 2 * np.cosh(x))
     return {"support": np.stack([a, b], 1), "weights": h**2 * slope(a) * slope(b) / (1 + np.exp(a))}

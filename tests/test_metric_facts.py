@@ -37,6 +37,11 @@ def test_the_three_builders_agree(name, float64):
         return
     assert report.fine, report
     assert max(report.differences.values()) < 1e-9 and report.mean_score < 1e-9 and abs(report.total - 1) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["categorical logits", "normal, natural", "gamma"])
+def test_what_is_not_normalised_for_every_parameter_is_reported(name, float64):
+    log_prob, params, support, _, options = cases.fisher_case(name, float64)
     shifted = lambda t, x: log_prob(t, x) + 3 * flat_sum(t) - 5
     assert not ng.check_fisher(shifted, params, support, **options).fine
     assert ng.check_fisher(shifted, params, support, normalized=False, **options).fine

@@ -97,7 +97,7 @@ def check_fisher(
     log_w = log_weights(weights, support)
     space, theta = Space.of(params), _tree.raised(params)
     log_q = _log_q(log_prob, space, support, log_w, normalized)
-    found = jax.device_get(_measure(log_q, space.ravel(theta)))
+    found = jax.device_get(jax.jit(lambda t: _measure(log_q, t))(space.ravel(theta)))
     eps = float(jnp.finfo(space.dtype).eps)
     limit = eps**0.5 if tolerance is None else tolerance
     matrices = {name: np.asarray(found[name]) for name in ("scores", "hessian", "divergence")}
@@ -151,10 +151,11 @@ def _measure(log_q: Callable[[Array], Array], theta: Array) -> dict[str, Array]:
 
 def _moved(log_q: Callable[[Array], Array], theta: np.ndarray, unit: np.ndarray, eps: float) -> int:
     """The number of points that gain or lose all probability when one parameter moves by a hundredth of its scale."""
-    here = np.isneginf(np.asarray(log_q(jnp.asarray(theta))))
+    empty = jax.jit(lambda t: jnp.isneginf(log_q(t)))
+    here = np.asarray(empty(jnp.asarray(theta)))
     step = np.where(unit > 0, 0.01 * unit, eps**0.5 * np.abs(theta))
     moves = [sign * step[i] * np.eye(theta.size)[i] for i in range(theta.size) for sign in (1, -1)]
-    changed = [np.isneginf(np.asarray(log_q(jnp.asarray(theta + move, theta.dtype)))) != here for move in moves]
+    changed = [np.asarray(empty(jnp.asarray(theta + move, theta.dtype))) != here for move in moves]
     return int(np.sum(np.any(changed, axis=0))) if moves else 0
 
 
