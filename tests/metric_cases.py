@@ -118,7 +118,7 @@ _q = _softmax((X @ THETA)[None])[0]
 
 
 def _weighted_labels(view, **options):
-    """Two labels of weight ½ and one of weight 1: a softmax with the outcomes 0 and 0′ sharing their probability."""
+    """Four points, of which two are the same label: their weights ½ make it one."""
     log_prob = lambda p, y, x: jax.nn.log_softmax(affine(view(p), x))[jnp.array([0, 0, 1, 2])][y]
     support, weights = jnp.arange(4), jnp.array([0.5, 0.5, 1.0, 1.0])
     return metrics.fisher(log_prob, support, weights=weights, inputs=True, **options)
@@ -291,6 +291,9 @@ METRICS = {
     "fisher, inputs, unnormalised": MetricCase(
         _unnormalised, PARAMS, {"batch": X}, _pulled(AFFINE, _multinomial(U), MEAN)
     ),
+    "fisher, inputs, weights": MetricCase(
+        _weighted_labels, PARAMS, {"batch": X}, _pulled(AFFINE, _multinomial(U), MEAN)
+    ),
     "fisher, unnormalised": MetricCase(_boltzmann, THETA, {}, np.cov(X.T, aweights=_q, ddof=0), "jac chunk"),
     "monte carlo": MetricCase(
         _monte_carlo, THETA, {"key": 0}, np.outer(np.array([1, -2]) - THETA, np.array([1, -2]) - THETA)
@@ -323,6 +326,10 @@ METRICS = {
     "least squares": MetricCase(
         lambda view, **options: metrics.least_squares(lambda p, batch: curved(view(p), batch[0]) - batch[1], **options),
         PARAMS, _batch, _pulled(CURVED, _diagonals(np.ones((7, 3))), SUM),
+    ),
+    "least squares, one term of a list": MetricCase(
+        lambda view, **options: metrics.least_squares([lambda p, x: affine(view(p), x)], [2.0], **options),
+        PARAMS, {"batch": [X]}, _pulled(AFFINE, _diagonals(np.ones((7, 3))), 2 * SUM),
     ),
     "least squares, two terms": MetricCase(
         _terms, PARAMS, {"batch": {"inside": (X, Y), "edge": X[:3]}}, _terms_matrix
@@ -362,6 +369,11 @@ METRICS = {
             bracket=(-30.0, 30.0), **options
         ),
         _normal, {}, np.eye(2), "jac",
+    ),
+    "energy, two terms": MetricCase(
+        lambda view, **options: metrics.energy([lambda p, x: field(view(p), x)] * 2, [2.0, 3.0], **options),
+        THETA, {"points": [X, X[:2]], "quadrature": [QUADRATURE, QUADRATURE[:2]]},
+        _field_matrix(2, 0, QUADRATURE) + _field_matrix(3, 0, QUADRATURE * (np.arange(7) < 2)),
     ),
     "energy": MetricCase(
         _energy, THETA, {"points": X, "quadrature": QUADRATURE}, _field_matrix(2.0, 0.5, QUADRATURE)

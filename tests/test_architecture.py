@@ -26,7 +26,7 @@ ALLOWED = {
 SHOWROOMS = {"__init__", "__main__", "demo"}
 # Shared between modules, not promised to users.
 HELPERS = {
-    "metrics.check_log_prob", "metrics.check_weights",
+    "metrics.check_log_prob", "metrics.check_weights", "metrics.losses.second",
     "damping.as_rule", "damping.at", "damping.known_scale", "damping.root_mean_square",
     "damping.squares", "operators.is_operator", "solvers.factor", "solvers.implicit", "solvers.check_solver",
 }  # fmt: skip

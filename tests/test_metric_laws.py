@@ -132,11 +132,7 @@ def test_units_change_the_matrix_as_they_must(name, dtype):
     assert error(steps[1] * factors, steps[0]) < 100 * bound(dtype)
 
 
-# Not those whose root comes from an eigendecomposition (k > 1): eigenvectors have no derivative where eigenvalues meet.
-SMOOTH = [name for name in METRICS if "any loss" not in name and name not in ("wasserstein, cdf",)]
-
-
-@pytest.mark.parametrize("name", [*SMOOTH, "wasserstein, cdf"])
+@every_metric
 def test_the_matrix_has_a_derivative(name, float64):
     metric, params, data = metric_case(name, float64)
     direction = jax.tree.map(jnp.sin, params)

@@ -1,7 +1,7 @@
 """Is it a Fisher matrix? Three builders that must agree, and the conditions under which they do."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,14 +101,17 @@ def check_fisher(
     eps = float(jnp.finfo(space.dtype).eps)
     limit = eps**0.5 if tolerance is None else tolerance
     matrices = {name: np.asarray(found[name]) for name in ("scores", "hessian", "divergence")}
-    unit = np.sqrt(np.diagonal(matrices["scores"]))
+    # Where the scores say 0 and another builder does not, that is no agreement: then its units.
+    own = np.diagonal(matrices["scores"])
+    largest = np.max([np.abs(np.diagonal(matrix)) for matrix in matrices.values()], axis=0)
+    unit = np.sqrt(np.where(own > 0, own, largest))
     inverse = np.where(unit > 0, 1 / np.where(unit > 0, unit, 1), 0)
     differences = {
         name: float(np.max(np.abs(matrices[name] - matrices["scores"]) * inverse * inverse[:, None], initial=0))
         for name in ("hessian", "divergence")
     }
     mean_score = float(np.max(np.abs(found["mean"]) * inverse, initial=0))
-    moved = _moved(log_q, np.asarray(space.ravel(theta)), inverse, eps)
+    moved = _moved(log_q, np.asarray(space.ravel(theta)), inverse)
     total = float(found["total"])
     failures = list(_failures(matrices, differences, mean_score, total, moved, limit))
     return FisherReport(not failures, failures, matrices, differences, mean_score, total, moved, limit)
@@ -149,11 +152,14 @@ def _measure(log_q: Callable[[Array], Array], theta: Array) -> dict[str, Array]:
     }
 
 
-def _moved(log_q: Callable[[Array], Array], theta: np.ndarray, unit: np.ndarray, eps: float) -> int:
-    """The number of points that gain or lose all probability when one parameter moves by a hundredth of its scale."""
+def _moved(log_q: Callable[[Array], Array], theta: np.ndarray, unit: np.ndarray) -> int:
+    """The number of points that gain or lose all probability when one parameter moves a little.
+
+    By a hundredth of its scale 1/√F_ii; where there is none by a tenth of itself, or of one.
+    """
     empty = jax.jit(lambda t: jnp.isneginf(log_q(t)))
     here = np.asarray(empty(jnp.asarray(theta)))
-    step = np.where(unit > 0, 0.01 * unit, eps**0.5 * np.abs(theta))
+    step = np.where(unit > 0, 0.01 * unit, 0.1 * np.where(theta != 0, np.abs(theta), 1))
     moves = [sign * step[i] * np.eye(theta.size)[i] for i in range(theta.size) for sign in (1, -1)]
     changed = [np.asarray(empty(jnp.asarray(theta + move, theta.dtype))) != here for move in moves]
     return int(np.sum(np.any(changed, axis=0))) if moves else 0
@@ -166,7 +172,7 @@ def _failures(
     total: float,
     moved: int,
     limit: float,
-) -> Any:
+) -> Iterator[str]:
     # Written so that NaN fails.
     if not abs(total - 1) <= limit:
         yield f"total probability: expected 1, got {total:.6g} (off by {total - 1:.2e}); normalise, or normalized=False"

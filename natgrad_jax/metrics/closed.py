@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, accumulator, concrete
-from natgrad_jax.metrics.shared import Metric, check_real, check_scalar, with_data_of
+from natgrad_jax.metrics.shared import HessianProduct, Metric, check_callable, check_real, check_scalar, with_data_of
 from natgrad_jax.operators import Closed, Dense, Diagonal, Gram
 
 
@@ -143,30 +143,21 @@ def hessian(potential: Callable[..., Array], *, matrix_free: bool = False) -> Me
     Reference: Raskutti, Mukherjee, "The information geometry of mirror descent" (2015), theorem 1.
     """
 
+    check_callable(potential, "potential", "potential(params)")
+
     def hessian(params: PyTree, **data: PyTree) -> Closed | Dense:
         check_real(params)
         check_scalar(jax.eval_shape(potential, params, **data), "potential", "It takes all parameters and gives φ.")
         space, theta = Space.of(params), _tree.raised(params)
         if matrix_free:
-            return Closed(Partial(_HessianProduct(potential), theta, data), None, space)
+            return Closed(Partial(HessianProduct(potential), theta, (), data), None, space)
         column = lambda e: space.ravel(  # noqa: E731
-            _HessianProduct(potential)(theta, data, _tree.cast_like(space.unravel(e), theta))
+            HessianProduct(potential)(theta, (), data, space.unravel(e))
         )
         matrix = jax.vmap(column)(jnp.eye(space.size, dtype=space.dtype))
         return Dense((matrix + matrix.T) / 2, space)
 
     return with_data_of(potential, hessian)
-
-
-@dataclass(frozen=True)
-class _HessianProduct:
-    """(params, data, v) ↦ ∇²φ v."""
-
-    potential: Callable[..., Array]
-
-    def __call__(self, params: PyTree, data: dict[str, PyTree], v: PyTree) -> PyTree:
-        gradient = jax.grad(lambda theta: self.potential(theta, **data))
-        return jax.jvp(gradient, (params,), (_tree.cast_like(v, params),))[1]
 
 
 def quasi_diagonal(metric: Metric, biases: Callable[[PyTree], list[tuple[Array, Array]]]) -> Metric:
@@ -185,7 +176,8 @@ def quasi_diagonal(metric: Metric, biases: Callable[[PyTree], list[tuple[Array, 
             has its diagonal.
 
     Returns:
-        metric(params, **data) -> `Closed`, products and solves O(p). A weight or bias without curvature has step 0.
+        metric(params, **data) -> `Closed`, products and solves O(p). A weight or bias without curvature has step 0. The
+        closed form takes no damping: bound the step by `max_kl`.
 
     Raises:
         TypeError: a metric without rows or a matrix.
@@ -206,14 +198,7 @@ def quasi_diagonal(metric: Metric, biases: Callable[[PyTree], list[tuple[Array, 
     def quasi_diagonal(params: PyTree, **data: PyTree) -> Closed:
         operator = metric(params, **data)
         owner = _owners(biases, operator.space)
-        own = owner == np.arange(owner.size)
-        diagonal, beside = _columns(operator, owner)
-        base = diagonal[owner]
-        # A NaN stays one: it is not less than anything.
-        coupling = jnp.where(own | (base == 0), 0, beside / jnp.where(base == 0, 1, base))
-        # What is left of a weight once its bias has moved: not negative, and 0 to rounding is 0.
-        left = jnp.where(own, diagonal, jnp.maximum(diagonal - coupling * beside, 0))
-        left = jnp.where(left <= owner.size * jnp.finfo(left.dtype).eps * diagonal, 0, left)
+        coupling, left = _conditioned(operator, owner)
         arrays = (jnp.asarray(owner), coupling, left)
         space = operator.space
         return Closed(Partial(_Quasi(space, False), *arrays), Partial(_Quasi(space, True), *arrays), space)
@@ -231,18 +216,31 @@ def _owners(biases: Callable[[PyTree], list[tuple[Array, Array]]], space: Space)
                 f"biases: expected weights whose last axes are those of the bias, got shapes {weight.shape} and "
                 f"{bias.shape}. Transpose the weights: (p['w'].T, p['b'])."
             )
+        if weight.size and (owner[weight] != weight).any():
+            raise ValueError("biases: expected each weight with one bias, got one of them with two")
         owner[weight] = np.broadcast_to(bias, weight.shape)
     return owner
 
 
-def _columns(operator: Any, owner: np.ndarray) -> tuple[Array, Array]:
-    """F_ii and F_{i, owner i}, flat."""
+def _conditioned(operator: Any, owner: np.ndarray) -> tuple[Array, Array]:
+    """c_i = F_0i/F_00 for every weight, and F_ii − c_i F_0i, what is left of it once its bias has moved; flat."""
+    own = owner == np.arange(owner.size)
+    # A NaN stays one: it is not equal to anything.
+    ratio = lambda x, base: jnp.where(own | (base == 0), 0, x / jnp.where(base == 0, 1, base))  # noqa: E731
     if isinstance(operator, Gram):
         rows = operator.matrix()
-        return jnp.sum(jnp.square(rows), axis=0), jnp.sum(rows * rows[:, owner], axis=0)
+        coupling = ratio(jnp.sum(rows * rows[:, owner], axis=0), jnp.sum(jnp.square(rows), axis=0)[owner])
+        # Taken out of the rows, not of their squares: an input far from 0 would lose its spread.
+        left = jnp.sum(jnp.square(rows - coupling * rows[:, owner]), axis=0)
+        rounding = rows.shape[0] * (16 * jnp.finfo(left.dtype).eps) ** 2 * jnp.sum(jnp.square(rows), axis=0)
+        return coupling, jnp.where(left <= rounding, 0, left)
     if isinstance(operator, Dense):
         matrix = operator.dense()
-        return _tree.diagonal(matrix), matrix[np.arange(owner.size), owner]
+        diagonal, beside = _tree.diagonal(matrix), matrix[np.arange(owner.size), owner]
+        coupling = ratio(beside, diagonal[owner])
+        left = diagonal - coupling * beside
+        rounding = 4 * jnp.finfo(left.dtype).eps * diagonal
+        return coupling, jnp.where(own, diagonal, jnp.where(left <= rounding, 0, left))
     raise TypeError(
         f"metric: expected one that returns rows or a matrix, got {type(operator).__name__}. "
         "Leave matrix_free out, or pass chunk_size for a matrix."

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
@@ -14,6 +15,7 @@ from natgrad_jax._tree import PyTree, Space, concrete, leading_axis
 from natgrad_jax.metrics.shared import (
     Form,
     Metric,
+    check_callable,
     check_log_prob,
     check_no_nan,
     check_weights,
@@ -64,6 +66,7 @@ def fisher(
         >>> [round(float(x), 4) for x in metric(jnp.zeros(2)).dense()[0]]
         [0.25, -0.25]
     """
+    check_callable(log_prob, "log_prob", "log_prob(params, x)")
     form = Form.of(jac, chunk_size, matrix_free)
     log_w = log_weights(weights, support)
 
@@ -190,7 +193,8 @@ def monte_carlo_fisher(
     Args:
         log_prob: log_prob(params, x) for one x, in nats; with `inputs` log_prob(params, y, x).
         sample: sample(params, key) draws one x from q_θ; with `inputs` sample(params, key, x) draws one y given x.
-        num_samples: number of draws; with `inputs` for each input.
+        num_samples: number of draws; with `inputs` for each input. Fewer draws than parameters leave directions without
+            curvature: damp by `damping.trace` or `absolute`, since what is relative to no curvature is nothing.
         inputs: a conditional model: the metric also takes `batch`, inputs on the leading axis, and F is the mean over
             them.
         centred: take the mean of the scores (of one input) out; for log_prob up to a function of θ alone. Unbiased, by
@@ -215,8 +219,10 @@ def monte_carlo_fisher(
 
     Reference: Kunstner, Balles, Hennig, "Limitations of the empirical Fisher approximation" (2019), equation 3.
     """
+    check_callable(log_prob, "log_prob", "log_prob(params, x)")
+    check_callable(sample, "sample", "sample(params, key) that draws one x")
     form, least = Form.of(jac, chunk_size, matrix_free), 1 + centred
-    if not isinstance(num_samples, int) or num_samples < least:
+    if not isinstance(num_samples, int | np.integer) or num_samples < least:
         raise ValueError(f"num_samples: expected an integer ≥ {least}, got {num_samples!r}")
 
     def monte_carlo_fisher(params: PyTree, *, key: Array) -> Gram | Dense | Implicit:
@@ -228,7 +234,8 @@ def monte_carlo_fisher(
     def conditional(params: PyTree, *, key: Array, batch: PyTree) -> Gram | Dense | Implicit:
         n = leading_axis(batch, "batch")
         keys = jax.random.split(key, (n, num_samples))
-        draws = jax.vmap(lambda some, x: jax.vmap(lambda k: sample(params, k, x))(some))(keys, batch)
+        given = lambda one: jax.vmap(lambda k: sample(params, k, one[1]))(one[0])  # noqa: E731
+        draws = jax.lax.map(given, (keys, batch), batch_size=form.chunk_size or n)
         check_log_prob(log_prob, params, jax.tree.map(lambda y: y[0], draws), batch)
         roots = _equal_roots(n, n * (num_samples - centred), params)
         centre = 1 if centred else None

@@ -6,19 +6,28 @@ A loss is called as loss(outputs, batch) -> scalar, and is what you minimise. Ea
     mean       divide the sum over the examples by their number; what stands on other axes is always summed
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree
+from natgrad_jax._tree import PyTree, concrete
 
 Targets = Callable[[PyTree], Array]
-second = operator.itemgetter(1)
+
+
+def second(batch: PyTree) -> Array:
+    """batch[1], of a batch (x, y)."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise TypeError(
+            f"targets: expected a batch (x, y), whose batch[1] has the targets, got {type(batch).__name__}; "
+            "say where they are, as in targets=lambda batch: batch['y']"
+        )
+    return batch[1]
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,20 @@ class Loss:
 
     def targets_for(self, outputs: Array, batch: PyTree) -> Array:
         """The targets; an error unless they fit the outputs."""
-        y = jnp.asarray(self.targets(batch))
-        labels = self.value is _softmax_value and jnp.issubdtype(y.dtype, jnp.integer)
-        expected = jnp.shape(outputs)[:-1] if labels else jnp.shape(outputs)
+        if not hasattr(outputs, "shape"):
+            raise TypeError(f"outputs: expected one array for a loss of metrics.losses, got {type(outputs).__name__}")
+        given, softmax = self.targets(batch), self.value is _softmax_value
+        y, shape = jnp.asarray(given), jnp.shape(outputs)
+        seen = np.asarray(given) if concrete(given) else None
+        if softmax and len(shape) < 2:
+            raise ValueError(f"outputs: expected logits (n, …, classes), got shape {shape}")
+        labels = softmax and jnp.issubdtype(y.dtype, jnp.integer)
+        expected = shape[:-1] if labels else shape
         if y.shape != expected:
-            raise ValueError(f"targets: expected shape {expected} for outputs of {jnp.shape(outputs)}, got {y.shape}")
+            hint = " Labels are integers." if softmax and y.shape == shape[:-1] else ""
+            raise ValueError(f"targets: expected shape {expected} for outputs of {shape}, got {y.shape}.{hint}")
+        if labels and seen is not None and seen.size and not 0 <= seen.min() <= seen.max() < shape[-1]:
+            raise ValueError(f"targets: expected labels from 0 to {shape[-1] - 1}, got {seen.min()} to {seen.max()}")
         return y
 
 
@@ -117,7 +135,9 @@ def _squares_error(z: Array, y: Array) -> Array:
 
 
 def _softmax_value(z: Array, y: Array) -> Array:
-    return -jnp.sum(_probabilities(z, y) * jax.nn.log_softmax(z))
+    y = _probabilities(z, y)
+    # Not 0 · log 0 for a class that is masked by a logit of −∞.
+    return -jnp.sum(jnp.where(y == 0, 0, y * jnp.where(y == 0, 0, jax.nn.log_softmax(z))))
 
 
 def _softmax_root(z: Array, u: Array) -> Array:
@@ -133,7 +153,11 @@ def _softmax_error(z: Array, y: Array) -> Array:
 
 
 def _probabilities(z: Array, y: Array) -> Array:
-    return jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype) if y.ndim < z.ndim else y.astype(z.dtype)
+    """The targets as probabilities: NaN for a label out of range, and for what does not sum to one."""
+    p = jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype) if y.ndim < z.ndim else y.astype(z.dtype)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    # Selected, not multiplied: XLA takes a product with one_hot for a selection, and 0 · NaN for 0.
+    return jnp.where(jnp.abs(total - 1) <= jnp.finfo(z.dtype).eps ** 0.5, p, jnp.nan)
 
 
 def _sigmoid_value(z: Array, y: Array) -> Array:

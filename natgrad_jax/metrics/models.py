@@ -1,11 +1,12 @@
 """Metrics of models: Gauss–Newton, least squares, and the pullback of any metric along any function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
@@ -14,14 +15,17 @@ from natgrad_jax._tree import PyTree, Space, concrete, leading_axis
 from natgrad_jax.metrics.losses import Loss
 from natgrad_jax.metrics.shared import (
     Form,
+    HessianProduct,
     Metric,
     OneExample,
+    check_callable,
     check_real,
     check_real_outputs,
     check_scalar,
     check_weights,
     flat,
     nan_unless,
+    one_each,
     outputs,
     pulled_back,
     rows_of,
@@ -58,6 +62,8 @@ def gauss_newton(
 
     Returns:
         metric(params, *, batch) -> operator. With a loss of `metrics.losses` it carries the residual of the gradient.
+        Where n·k is not much larger than p, or units saturate, directions without curvature are left: damp by 1e-2 or
+        more, or by `damping.trace`, which does not vanish with the curvature of a coordinate.
 
     Raises:
         ValueError: a loss that is not scalar, not convex, or not a sum over examples; outputs without a leading axis.
@@ -78,13 +84,16 @@ def gauss_newton(
     Reference: Schraudolph, "Fast curvature matrix-vector products" (2002), section 3; Martens, "New insights and
     perspectives on the natural gradient method" (2020), section 9.
     """
+    check_callable(model, "model", "model(params, batch)")
+    check_callable(loss, "loss", "loss(outputs, batch), or one that is called, such as losses.squares()")
     form, one = Form.of(jac, chunk_size, matrix_free), OneExample(model, "model")
 
     def gauss_newton(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:
         n = leading_axis(batch, "batch")
         check_real(params)
         check_real_outputs(one, params, batch, "model")
-        z = jax.vmap(lambda x: one(_tree.raised(params), x))(batch)
+        theta = _tree.raised(params)
+        z = jax.lax.map(lambda x: one(theta, x), batch, batch_size=form.chunk_size or n)
         check_scalar(
             jax.eval_shape(loss, z, batch), "loss", "loss(outputs, batch) is a sum or a mean over the examples."
         )
@@ -93,10 +102,10 @@ def gauss_newton(
             y = loss.targets_for(z, batch)
             e = root[:, None] * outputs(lambda _, zy: loss.error(*zy), None, (z, y))
             # An e beyond the floats would explain no g; without it g alone is used.
-            e = jnp.where(jnp.all(jnp.isfinite(e)), e, 0).reshape(-1)
+            e = jnp.where(jnp.all(jnp.isfinite(e)), e, 0).reshape(-1).astype(root.dtype)
             return pulled_back(_Rooted(one, loss.root), params, (batch, z), root, form, residual=e)
         if matrix_free and chunk_size is None:
-            hessian = Closed(Partial(_HessianProduct(loss), z, batch), None, Space.of(z))
+            hessian = Closed(Partial(HessianProduct(loss), z, (batch,), {}), None, Space.of(z))
             return Implicit(_AllOutputs(one), params, batch, inner_product=hessian)
         root, unit = _hessian_roots(loss, z, batch)
         return pulled_back(_Rooted(one, _times_root), params, (batch, root), unit, form)
@@ -126,61 +135,79 @@ class _AllOutputs:
         return jax.vmap(lambda x: self.model(params, x))(batch)
 
 
-@dataclass(frozen=True)
-class _HessianProduct:
-    """(outputs, batch, u) ↦ ∂²loss/∂outputs² u."""
-
-    loss: Callable[[PyTree, PyTree], Array]
-
-    def __call__(self, z: PyTree, batch: PyTree, u: PyTree) -> PyTree:
-        return jax.jvp(jax.grad(lambda z: self.loss(z, batch)), (z,), (_tree.cast_like(u, z),))[1]
-
-
 def _times_root(root: Array, u: PyTree) -> Array:
     return root @ flat(u)
 
 
 def _hessian_roots(loss: Callable[[PyTree, PyTree], Array], z: PyTree, batch: PyTree) -> tuple[Array, Array]:
     """R_i with R_iᵀR_i = H_i for each example, (n, k, k), and n ones that are NaN if there is no such thing."""
-    n = leading_axis(z, "outputs")
-    each = jax.tree.map(lambda x: x[0], z)
-    space = Space.of(each)
-    product = lambda u: jax.vmap(space.ravel)(  # noqa: E731
-        _HessianProduct(loss)(z, batch, jax.vmap(space.unravel)(u))
+    n, z = leading_axis(z, "outputs"), _tree.raised(z)
+    space = Space.of(jax.tree.map(lambda x: x[0], z))
+    k, eps = space.size, float(jnp.finfo(space.dtype).eps)
+    product = lambda z, u: jax.vmap(space.ravel)(  # noqa: E731
+        HessianProduct(loss)(z, (batch,), {}, jax.vmap(space.unravel)(u))
     )
-    k = space.size
-    columns = jax.vmap(lambda e: product(jnp.broadcast_to(e, (n, k))))(jnp.eye(k, dtype=space.dtype))
-    hessian = jnp.moveaxis(columns, 0, -1)
+    blocks = lambda z: jnp.moveaxis(  # noqa: E731
+        jax.vmap(lambda e: product(z, jnp.broadcast_to(e, (n, k))))(jnp.eye(k, dtype=space.dtype)), 0, -1
+    )
+    hessian = blocks(z)
     hessian = (hessian + jnp.swapaxes(hessian, -1, -2)) / 2
+    # The units of each output, and its rounding: what is left of a saturated loss are differences of terms as large as
+    # its curvature at 0.
+    at_zero = jnp.nan_to_num(_diagonals(blocks(jax.tree.map(jnp.zeros_like, z))), posinf=0.0, neginf=0.0)
+    largest = jnp.max(jnp.maximum(jnp.abs(_diagonals(hessian)), jnp.abs(at_zero)), axis=0)
+    inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, jnp.sqrt(largest), 1), 0)
+    scaled = hessian * inverse[:, None] * inverse
+    # Signs that no symmetry of the batch cancels: what the blocks do not explain comes from other examples.
     probe = jnp.cos(jnp.arange(1.0, n * k + 1, dtype=space.dtype)).reshape(n, k)
-    gap = _tree.norm((product(probe) - jnp.einsum("nij,nj->ni", hessian, probe)).ravel())
-    tolerance = jnp.finfo(space.dtype).eps ** 0.5
+    explained = jnp.einsum("nij,nj->ni", scaled, probe)
+    gap = jnp.abs(product(z, probe * inverse) * inverse - explained)
     # A NaN is neither: it goes on as a number does, and no step is taken.
-    alone = ~(gap > tolerance * _tree.norm(hessian.ravel()))
-    root, convex = jax.vmap(_root)(hessian)
+    alone = ~jnp.any(gap > 4 * k * eps**0.5 * jnp.max(jnp.abs(probe)))
+    flat_but_coupled = (largest == 0)[:, None] & jnp.any(hessian != 0, axis=0)
+    convex = ~(jnp.any(jnp.linalg.eigvalsh(scaled)[:, 0] < -4 * k * eps**0.5) | jnp.any(flat_but_coupled))
     if concrete(alone) and not bool(alone):
         raise ValueError(
             "loss: expected a sum or a mean of a function of each example's outputs, but its Hessian couples the "
             "examples. Pass matrix_free=True, which uses the Hessian as it is."
         )
-    if concrete(convex) and not bool(jnp.all(convex)):
+    if concrete(convex) and not bool(convex):
         raise ValueError(
-            f"loss: expected a convex function of the outputs, got a Hessian with a negative eigenvalue for "
-            f"{int(jnp.sum(~convex))} of {n} examples. Take the convex part, or metrics.monte_carlo_fisher."
+            "loss: expected a convex function of the outputs, got a Hessian with a negative eigenvalue. Take the "
+            "convex part, or metrics.monte_carlo_fisher."
         )
-    return root, nan_unless(alone & convex, space.dtype)
+    return jax.vmap(_root)(hessian), jnp.broadcast_to(nan_unless(alone & convex, space.dtype), (n,))
 
 
-def _root(matrix: Array) -> tuple[Array, Array]:
-    """R with RᵀR = matrix, and whether there is one, to rounding in the units of the diagonal."""
-    diagonal = jnp.diagonal(matrix)
-    scale = _tree.root(jnp.maximum(diagonal, 0))
+def _diagonals(matrices: Array) -> Array:
+    return jnp.diagonal(matrices, axis1=-2, axis2=-1)
+
+
+@jax.custom_jvp
+def _root(matrix: Array) -> Array:
+    """R with RᵀR = matrix, the positive semi-definite part of it, by eigenvectors of unit-diagonal scale."""
+    return _rooted(matrix)[0]
+
+
+def _rooted(matrix: Array) -> tuple[Array, Array]:
+    """R, and its pseudo-inverse transposed."""
+    scale = _tree.root(jnp.maximum(jnp.diagonal(matrix), 0))
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     values, vectors = jnp.linalg.eigh(matrix * inverse[:, None] * inverse)
-    # A row whose diagonal is not positive must be zero.
-    dead = jnp.where(scale > 0, 0, jnp.max(jnp.abs(matrix), axis=1))
-    fine = ~jnp.any(values < -(jnp.finfo(matrix.dtype).eps ** 0.5)) & ~jnp.any(dead > 0)
-    return _tree.root(jnp.maximum(values, 0))[:, None] * vectors.T * scale, fine
+    cut = values.size * jnp.finfo(matrix.dtype).eps * jnp.max(values, initial=0.0)
+    root = jnp.sqrt(jnp.where(values <= cut, 0, values))
+    return root[:, None] * vectors.T * scale, jnp.where(root == 0, 0, 1 / root)[:, None] * vectors.T * inverse
+
+
+@_root.defjvp
+def _root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """dR = R⁺ᵀ(dH − ½ dH P), P the projector on the range: RᵀdR + dRᵀR = dH, all that the metric sees of R.
+
+    The derivative of eigenvectors would divide by differences of eigenvalues, which are 0 for H = 1.
+    """
+    (matrix,), (change,) = primals, tangents
+    root, inverse = _rooted(matrix)
+    return root, inverse @ (change - 0.5 * change @ (inverse.T @ root))
 
 
 def least_squares(
@@ -226,26 +253,20 @@ def least_squares(
     terms, treedef = jax.tree.flatten(residuals, is_leaf=callable)
     if not terms or not all(map(callable, terms)):
         raise ValueError(f"residuals: expected residuals(params, batch) or a list or dict of such, got {residuals!r}")
+    single = callable(residuals)
     ones = [OneExample(term, "residuals") for term in terms]
     given = weights
 
     def least_squares(params: PyTree, *, batch: PyTree, weights: Any = None) -> Operator:
         check_real(params)
-        batches = _one_each(treedef, batch, "batch")
+        batches = one_each(treedef, batch, "batch")
         chosen = given if weights is None else weights
-        shared = chosen is None or (jnp.ndim(chosen) == 0 if not isinstance(chosen, dict | Sequence) else False)
-        factors = [chosen] * len(terms) if shared or len(terms) == 1 else _one_each(treedef, chosen, "weights")
+        shared = single or not isinstance(chosen, dict | list | tuple)
+        factors = [chosen] * len(terms) if shared else one_each(treedef, chosen, "weights")
         parts = zip(ones, batches, factors, strict=True)
         return operators.add(*(_term(one, params, data, c, form) for one, data, c in parts))
 
     return least_squares
-
-
-def _one_each(treedef: Any, tree: PyTree, name: str) -> list[PyTree]:
-    try:
-        return list(treedef.flatten_up_to(tree))
-    except ValueError as error:
-        raise ValueError(f"{name}: expected one for each term of residuals, {treedef}: {error}") from error
 
 
 def _term(one: OneExample, params: PyTree, batch: PyTree, weight: Any, form: Form) -> Operator:
@@ -264,6 +285,8 @@ def _term(one: OneExample, params: PyTree, batch: PyTree, weight: Any, form: For
 
 def value_and_grad(operator: Gram) -> tuple[Array, PyTree]:
     """½‖e‖² and Aᵀe from the rows A and the residual e of an operator: the objective of `least_squares`, ∇ included.
+
+    For operators of `gauss_newton` and `empirical_fisher` the gradient is that of the loss, and the value is not.
 
     Args:
         operator: a `Gram` with a residual.
@@ -317,6 +340,7 @@ def pullback(f: Callable[..., PyTree], inner: Any = None, *, jac: str = "auto", 
         >>> round(float(ng.metrics.pullback(amplitudes)(jnp.array(0.0)).dense()[0, 0]), 4)  # where one never happens
         1.0
     """
+    check_callable(f, "f", "f(params)")
     form = Form.of(jac, None, matrix_free)
 
     def pullback(params: PyTree, **data: PyTree) -> Gram | Implicit:
@@ -351,16 +375,35 @@ def _on_outputs(inner: Any, out: PyTree, value: Callable[[], PyTree]) -> Operato
         inner = inner(value())
     if not is_operator(inner):
         matrix = jnp.asarray(inner, space.dtype)
-        if matrix.shape != (space.size, space.size):
+        if matrix.shape == (space.size, space.size):
+            matrix = (matrix + matrix.T) / 2
+        else:
             raise ValueError(
                 f"inner: expected a matrix of shape {(space.size, space.size)} for outputs of {space.size} numbers, "
                 f"got {matrix.shape}"
             )
+        fine = _is_positive(matrix)
+        if concrete(fine) and not bool(fine):
+            raise ValueError("inner: expected a positive semi-definite matrix, got one with a negative eigenvalue")
         return Dense(matrix, space)
+    if isinstance(inner, Diagonal) and any(
+        concrete(leaf) and np.any(np.asarray(leaf) < 0) for leaf in jax.tree.leaves(inner.entries)
+    ):
+        raise ValueError("inner: expected entries ≥ 0 of a Diagonal, got some that are negative")
     if inner.space.size == space.size and inner.space.treedef == Space.of(jnp.zeros(space.size)).treedef:
         return _on_flat(inner, space)
-    space.check_shapes(inner.space.structs(), "inner")
+    if (inner.space.treedef, inner.space.shapes) != (space.treedef, space.shapes):
+        raise ValueError(f"inner: expected an operator on the outputs of f, {space}, got one on {inner.space}")
     return inner
+
+
+def _is_positive(matrix: Array) -> Array:
+    """Whether no eigenvalue is negative, beyond rounding in the units of the diagonal; true for NaN."""
+    scale = jnp.sqrt(jnp.abs(jnp.diagonal(matrix)))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    values = jnp.linalg.eigvalsh(matrix * inverse[:, None] * inverse)
+    dead = (scale == 0)[:, None] & (matrix != 0)
+    return ~(jnp.any(values < -(jnp.finfo(matrix.dtype).eps ** 0.5)) | jnp.any(dead))
 
 
 def _on_flat(operator: Operator, space: Space) -> Operator:
@@ -385,8 +428,6 @@ def _root_map(length: Operator | None) -> Callable[[PyTree], PyTree]:
         case Gram():
             return length.times
         case Dense():
-            root, fine = _root(length.dense())
-            if concrete(fine) and not bool(fine):
-                raise ValueError("inner: expected a positive semi-definite matrix, got one with a negative eigenvalue")
+            root, fine = _root(length.dense()), _is_positive(length.dense())
             return lambda u: nan_unless(fine, root.dtype) * (root @ length.space.ravel(u))
     return lambda u: u

@@ -34,8 +34,8 @@ class Form(NamedTuple):
         """The options, checked."""
         if jac not in ("auto", "fwd", "rev"):
             raise ValueError(f"jac: expected 'auto', 'fwd' or 'rev', got {jac!r}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size: expected a positive number of points or None, got {chunk_size}")
+        if chunk_size is not None and not (isinstance(chunk_size, int | np.integer) and chunk_size >= 1):
+            raise ValueError(f"chunk_size: expected a positive number of points or None, got {chunk_size!r}")
         return cls(jac, chunk_size, matrix_free)
 
 
@@ -62,6 +62,9 @@ def pulled_back(
         residual: e, shape (n·k,), for the g = Aᵀe that is likely to be solved for.
     """
     n = leading_axis(points, "points")
+    if centre == 1:
+        k = jax.eval_shape(lambda theta, x: flat(f(theta, x)), params, one_of(points)).size
+        roots = jnp.broadcast_to(_by_example(roots), (n, k))
     if form.matrix_free:
         if centre == 0 and form.chunk_size is not None:
             raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
@@ -94,13 +97,13 @@ def _rows(
 
 
 def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form) -> Common:
-    """What is taken out of every row: the first of all rows, and how far the mean is from it.
+    """What is taken out of every row: the row of largest weight, and how far the mean is from it.
 
     In two steps, so that a column of equal numbers becomes 0: rounding that is left there would pass for curvature. The
-    mean costs a gradient, and so does the same sum over copies of the first point, whose rounding it shares.
+    mean costs a gradient, and so does the same sum over copies of that one point, whose rounding it shares.
     """
     weights = jnp.square(roots) / jnp.sum(jnp.square(roots), axis=0)
-    first = jax.tree.map(lambda x: jnp.asarray(x)[:1], points)
+    first = jax.tree.map(lambda x: jnp.asarray(x)[jnp.argmax(roots)][None], points)
     copies = jax.tree.map(lambda x, y: jnp.broadcast_to(y, jnp.shape(x)), points, first)
     both = jax.tree.map(lambda x, y: jnp.stack([x, y]), points, copies)
 
@@ -116,11 +119,16 @@ def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form) -
 
 def _common_to_outputs(rows: PyTree, roots: Array) -> Common:
     """The same for the outputs of each point, in the rows (n, k, …) themselves."""
-    weights = jnp.square(_by_example(roots))
-    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    first = jax.tree.map(lambda x: x[:, :1], rows)
+    weights = jnp.square(roots) / jnp.sum(jnp.square(roots), axis=1, keepdims=True)
+    first = jax.tree.map(lambda x: _heaviest(x, roots, 1), rows)
     mean = lambda x, y: jnp.sum(_as_rows(weights, x) * (x - y), axis=1, keepdims=True)  # noqa: E731
     return first, jax.tree.map(mean, rows, first)
+
+
+def _heaviest(x: Array, roots: Array, axis: int) -> Array:
+    """Along an axis of (n, k, …), which is kept, the entry of largest weight: one that the mean is not far from."""
+    place = jnp.argmax(_by_example(roots), axis=axis, keepdims=True)
+    return jnp.take_along_axis(x, jnp.reshape(place, place.shape + (1,) * (x.ndim - 2)), axis=axis)
 
 
 def _as_rows(roots: Array, rows: Array) -> Array:
@@ -137,7 +145,9 @@ def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str, root: Array |
     if jac == "fwd" or (jac == "auto" and p <= FORWARD_UP_TO * k):
         scale = jnp.broadcast_to(jnp.asarray(root, out.dtype), (k,))
         rows = jax.jacfwd(g, holomorphic=is_complex(out.dtype))(theta)
-        return jax.tree.map(lambda x: jnp.reshape(scale, (k,) + (1,) * (x.ndim - 1)) * x, rows)
+        # In the dtype of the parameters, as reverse mode has them, whatever the data make of the outputs.
+        scaled = lambda x, t: (jnp.reshape(scale, (k,) + (1,) * (x.ndim - 1)) * x).astype(t.dtype)  # noqa: E731
+        return jax.tree.map(scaled, rows, theta)
     _, pull = jax.vjp(g, theta)
     if k == 1:
         return jax.tree.map(lambda x: x[None], pull(jnp.asarray(root, out.dtype).reshape(1))[0])
@@ -157,7 +167,7 @@ class _Outputs:
         out, roots = outputs(self.f, params, points), _by_example(roots)
         if self.centre is not None:
             weights = jnp.square(roots)
-            out = out - jax.lax.slice_in_dim(out, 0, 1, axis=self.centre)
+            out = out - _heaviest(out, roots, self.centre)
             mean = jnp.sum(weights * out, axis=self.centre, keepdims=True)
             out = out - mean / jnp.sum(weights, axis=self.centre, keepdims=True)
         return roots.astype(out.dtype) * out
@@ -195,12 +205,42 @@ class OneExample:
         return jax.tree.map(lambda leaf: leaf[0], out)
 
 
+@dataclass(frozen=True)
+class HessianProduct:
+    """(x, more, named, v) ↦ ∇²φ v, for φ(x, *more, **named)."""
+
+    potential: Callable[..., Array]
+
+    def __call__(self, x: PyTree, more: tuple[PyTree, ...], named: dict[str, PyTree], v: PyTree) -> PyTree:
+        """∇²φ v, by forward over reverse mode."""
+        gradient = jax.grad(lambda x: self.potential(x, *more, **named))
+        return jax.jvp(gradient, (x,), (_tree.cast_like(v, x),))[1]
+
+
+def one_each(treedef: Any, tree: PyTree, name: str) -> list[PyTree]:
+    """What `tree` has in the place of each term; a `ValueError` if it has another structure."""
+    try:
+        return list(treedef.flatten_up_to(tree))
+    except ValueError as error:
+        expected = jax.tree.unflatten(treedef, ["…"] * treedef.num_leaves)
+        raise ValueError(
+            f"{name}: expected one for each term of residuals, as {expected}, got {type(tree).__name__} "
+            f"{jax.tree.map(jnp.shape, tree)}"
+        ) from error
+
+
 def with_data_of(f: Callable[..., Any], metric: Metric) -> Metric:
     """`metric`, which forwards its keyword-only arguments to f, with those of f in its signature."""
     named = [p for p in inspect.signature(f).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     metric.__signature__ = inspect.Signature([params, *named])  # type: ignore[attr-defined]
     return metric
+
+
+def check_callable(f: Any, name: str, call: str) -> None:
+    """Raise unless f is a function."""
+    if not callable(f) or isinstance(f, type):
+        raise TypeError(f"{name}: expected a function {call}, got {type(f).__name__}: {str(f)[:60]}")
 
 
 def one_of(points: PyTree) -> PyTree:

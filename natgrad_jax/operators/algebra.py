@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, concrete
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
-from natgrad_jax.operators.products import Closed, Sum
+from natgrad_jax.operators.products import Closed, RealParts, Sum
 from natgrad_jax.operators.shared import Operator, Product
 from natgrad_jax.operators.structured import Blocks, Kronecker
 
@@ -52,6 +52,12 @@ def _plus(one: Operator, other: Operator) -> Operator:
             return LowRank(jax.tree.map(jnp.add, one.base, other.base), _joined(one.rows, other.rows))
         case (Gram() | LowRank(), Diagonal()) | (LowRank(), Gram()):
             return _plus(other, one)
+        case RealParts(), RealParts():
+            return RealParts(_plus(one.parts, other.parts), one.space)
+        case RealParts(), Diagonal():
+            return RealParts(_plus(one.parts, one.on_parts(other)), one.space)
+        case Diagonal(), RealParts():
+            return _plus(other, one)
     terms = [(x.terms, x.weights) if isinstance(x, Sum) else ((x,), (1.0,)) for x in (one, other)]
     return Sum(terms[0][0] + terms[1][0], terms[0][1] + terms[1][1])
 
@@ -85,6 +91,8 @@ def scale(c: float | Array, operator: Operator) -> Operator:
         case Closed():
             solve = None if operator.solve is None else Partial(_divided, c, operator.solve)
             return Closed(Partial(_multiplied, c, operator.times), solve, operator.space)
+        case RealParts():
+            return RealParts(scale(c, operator.parts), operator.space)
         case Sum():
             return Sum(operator.terms, tuple(c * weight for weight in operator.weights))
     return Sum((operator,), (c,))

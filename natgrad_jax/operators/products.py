@@ -12,6 +12,7 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, cast_like
 from natgrad_jax.operators import shared
+from natgrad_jax.operators.arrays import Diagonal
 from natgrad_jax.operators.shared import Operator, Product
 
 
@@ -278,6 +279,11 @@ class RealParts:
         """v ↦ Gv, part by part."""
         product = self.parts.product()
         return lambda v: _tree.complex_of(product(_tree.real_parts(v)), self.space)
+
+    def on_parts(self, diagonal: Diagonal) -> Diagonal:
+        """A diagonal metric of the complex parameters, on their parts: |z|² = x² + y²."""
+        both = lambda s, d: (d, d) if _tree.is_complex(s.dtype) else d  # noqa: E731
+        return Diagonal(jax.tree.map(both, self.space.structs(), diagonal.entries))
 
     def max_rank(self) -> int:
         """An upper bound on the rank, in real dimensions."""

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from natgrad_jax._tree import PyTree, Space, real_parts
+from natgrad_jax._tree import PyTree, Space, concrete, real_parts
 from natgrad_jax.operators.products import RealParts
-from natgrad_jax.operators.shared import Operator
+from natgrad_jax.operators.shared import Operator, is_operator
 
 LARGEST = 4096  # parameters: beyond, an eigendecomposition takes minutes
 SHOWN = 8  # null directions, and coordinates of each, that are printed
@@ -23,7 +23,7 @@ class Report(NamedTuple):
         raw_condition: of G as it stands, units included.
         dead: paths of the parameters without any curvature.
         null_directions: for each direction without curvature {path of a parameter: its share in the parameters' units},
-            the largest share of one scale being 1; in echelon form, so that each has a parameter that no other has.
+            the largest being 1; in echelon form, so that each has a parameter that no other has.
         norm: √(gᵀG⁺g), the natural norm of g; None without a gradient.
         outside: the part of g outside the range of G, in [0, 1]; None without a gradient.
         explained: R² = gᵀG⁺g / Var f for a g = ∇E[f]; None without a variance.
@@ -34,7 +34,7 @@ class Report(NamedTuple):
     condition: float
     raw_condition: float
     dead: list[str]
-    null_directions: list[dict[str, float]]
+    null_directions: list[dict[str, Any]]
     norm: float | None
     outside: float | None
     explained: float | None
@@ -81,52 +81,57 @@ def report(operator: Operator, gradient: PyTree = None, *, variance: Any = None)
         >>> p = jnp.array([0.5, 0.25, 0.25])
         >>> print(ng.operators.report(ng.operators.Dense(jnp.diag(p) - jnp.outer(p, p))))  # softmax
         3 parameters, rank 2
-        condition 1.62 with a unit diagonal, 1.5 in the units as they are
+        condition 1.25 with a unit diagonal, 1.5 in the units as they are
         null direction: +1 [0] +1 [1] +1 [2]
     """
     if isinstance(operator, RealParts):
         return report(operator.parts, None if gradient is None else real_parts(gradient), variance=variance)
+    if not is_operator(operator):
+        raise TypeError(
+            f"operator: expected what a metric returns, metric(params, **data), got {type(operator).__name__}"
+        )
     space = operator.space
     if space.size > LARGEST:
         raise ValueError(f"operator: expected at most {LARGEST} parameters, got {space.size}; restrict it to a part")
-    if gradient is not None:
-        space.check(gradient, "gradient")
     lengths, matrix = operator.balanced()
+    if not concrete(matrix):
+        raise TypeError("operator: a report is for people, and reads numbers; call it outside of jit, vmap and grad")
     balanced = np.asarray(matrix)
     if not np.isfinite(balanced).all():
         raise ValueError("operator: expected finite entries, got some that are not; check the parameters and the data")
-    eps, size = float(np.finfo(balanced.dtype).eps), max(space.size, 1)
+    cut = max(space.size, 1) * float(np.finfo(balanced.dtype).eps)
     balanced = balanced.astype(np.complex128 if np.iscomplexobj(balanced) else np.float64)
     frame = np.ones(space.size) if lengths is None else np.asarray(lengths, np.float64)
     root = np.sqrt(np.maximum(np.diagonal(balanced).real, 0))
-    alive, inverse = root > 0, _inverse(root)
-    scale = frame * root
+    alive, inverse, scale, names = root > 0, _inverse(root), frame * root, paths(space)
     values, vectors = np.linalg.eigh(balanced * inverse[:, None] * inverse)
-    kept = values > size * eps * values.max(initial=0)
-    names = paths(space)
+    kept = values > cut * values.max(initial=0)
+    null = _echelon(vectors[:, ~kept & _touches(vectors, alive)].T, alive)
     norm = outside = explained = None
     if gradient is not None:
-        covector = _inverse(scale) * np.asarray(space.ravel(gradient))
-        reached = vectors[:, kept].conj().T @ covector
-        norm = float(np.linalg.norm(reached / np.sqrt(values[kept])))
-        lost = np.linalg.norm(covector - vectors[:, kept] @ reached)
-        given = np.linalg.norm(covector)
-        still = np.any(np.asarray(space.ravel(gradient))[~alive] != 0)
-        outside = 1.0 if still else float(lost / given) if given > 0 else 0.0
-        explained = None if variance is None else norm**2 / float(variance)
+        space.check(gradient, "gradient")
+        norm, outside = _reach(np.asarray(space.ravel(gradient)), scale, vectors[:, kept], values[kept])
+        explained = None if variance is None else norm**2 / float(variance) if variance > 0 else float("nan")
     return Report(
         size=space.size,
         rank=int(kept.sum()),
         condition=_condition(values[kept]),
-        raw_condition=_condition(_raw_values(balanced, frame, size * eps)),
+        raw_condition=_condition(_raw_values(balanced, frame, cut)),
         dead=[name for name, lives in zip(names, alive, strict=True) if not lives],
-        null_directions=[
-            _by_path(row, scale, names) for row in _echelon(vectors[:, ~kept & _touches(vectors, alive)].T.real, alive)
-        ],
+        null_directions=[_by_path(row, scale, names) for row in null],
         norm=norm,
         outside=outside,
         explained=explained,
     )
+
+
+def _reach(gradient: np.ndarray, scale: np.ndarray, vectors: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """√(gᵀG⁺g), and the share of g outside of the range; 1 if g has a part where there is no curvature at all."""
+    covector = _inverse(scale) * gradient
+    reached = vectors.conj().T @ covector
+    lost, given = np.linalg.norm(covector - vectors @ reached), np.linalg.norm(covector)
+    beyond = np.any(gradient[scale == 0] != 0)
+    return float(np.linalg.norm(reached / np.sqrt(values))), 1.0 if beyond else float(lost / given) if given else 0.0
 
 
 def paths(space: Space) -> list[str]:
@@ -168,13 +173,14 @@ def _echelon(rows: np.ndarray, alive: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _by_path(row: np.ndarray, scale: np.ndarray, names: list[str]) -> dict[str, float]:
+def _by_path(row: np.ndarray, scale: np.ndarray, names: list[str]) -> dict[str, Any]:
     """The entries that are not rounding, in the units of the parameters."""
     seen = np.flatnonzero(np.abs(row) > 1e-3 * np.abs(row).max(initial=0))
     in_units = row * _inverse(scale)
-    largest = np.abs(in_units[seen]).max(initial=0) or 1.0
+    largest = in_units[np.argmax(np.abs(in_units))] if len(seen) else 1.0
     order = sorted(seen, key=lambda i: -round(abs(in_units[i] / largest), 6))
-    return {names[i]: float(in_units[i] / largest) for i in order}
+    shares = {names[i]: complex(in_units[i] / largest) for i in order}
+    return {name: share if share.imag else share.real for name, share in shares.items()}
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

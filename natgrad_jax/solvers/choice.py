@@ -167,8 +167,7 @@ def _on_parts(rule: Rule | None, operator: RealParts) -> Rule | None:
     """A rule on complex parameters, on their real and imaginary parts."""
     if not isinstance(rule, damping_rules.Metric):
         return rule
-    both = lambda s, d: (d, d) if _tree.is_complex(s.dtype) else d  # noqa: E731
-    return replace(rule, operator=Diagonal(jax.tree.map(both, operator.space.structs(), rule.operator.entries)))
+    return replace(rule, operator=operator.on_parts(rule.operator))
 
 
 def implicit(

@@ -49,21 +49,26 @@ class RowsInFrame(NamedTuple):
         """Bᴴu, shape (p,)."""
         return self.gram.space.ravel(self.gram.transposed_times(u)) * self.inverse
 
-    def rounding(self, g: Array, e: Array) -> Array:
-        """The length that Bᴴe − g has from rounding alone, in the rows, in e and in g."""
-        lengths = divide(divide(self.frame.scale, self.frame.root), self.frame.size)
-        typical = _tree.norm(e) * _tree.norm(lengths) / max(self.gram.n, 1) ** 0.5
-        return SLACK * jnp.finfo(g.dtype).eps * (_tree.norm(g) + typical)
+    def rounding(self, g: Array, e: Array, lengths: Array) -> Array:
+        """The length that Bᴴe − g has from rounding alone, in the rows (of these lengths), in e and in g."""
+        return SLACK * jnp.finfo(g.dtype).eps * (_tree.norm(g) + _tree.norm(e * lengths))
 
-    def matching(self, g: Array, residual: Array | None) -> tuple[Array, Array]:
-        """c·e and whether g = c·Bᴴe: a chain may have changed g since e was computed, if only by a factor c."""
+    def matching(self, g: Array, residual: Array | None, lengths: Array) -> tuple[Array, Array]:
+        """c·e and whether g = c·Bᴴe: a chain may have changed g since e was computed, if only by a factor c.
+
+        Nor is an e used that is large where its rows are small (a saturated loss): what a solver mixes it with would
+        take up its rounding.
+        """
         if residual is None:
             return jnp.zeros(self.gram.n, g.dtype), jnp.asarray(False)
         size = _tree.largest(residual)
         e = residual.astype(g.dtype) / jnp.where(size > 0, size, 1)
         h = self.transposed_times(e)
         c = divide(jnp.vdot(h, g), jnp.vdot(h, h).real)
-        return c * e, _tree.norm(g - c * h) <= self.rounding(g, c * e)
+        e = c * e
+        mixed = _tree.norm(e) * _tree.norm(lengths) / max(self.gram.n, 1) ** 0.5
+        harmless = jnp.finfo(g.dtype).eps ** 0.5 * mixed <= _tree.norm(g)
+        return e, (_tree.norm(g - c * h) <= self.rounding(g, e, lengths)) & harmless
 
 
 class RowSpaceFactored(NamedTuple):
@@ -111,9 +116,10 @@ class RowSpace:
         g = frame.into(frame.space.ravel(rhs))
         size = _tree.largest(g)
         g = g / jnp.where(size > 0, size, 1)
-        recover = lambda _: _recovered(rows, solve, g, damping)  # noqa: E731
+        lengths = jnp.sqrt(jnp.maximum(jnp.real(_tree.diagonal(kernel)), 0))
+        recover = lambda _: _recovered(rows, solve, g, damping, lengths)  # noqa: E731
         residual = rows.gram.residual if residual is None else residual
-        known, used = rows.matching(g, residual)
+        known, used = rows.matching(g, residual, lengths)
         if residual is None:
             e, rest = recover(known)
         else:
@@ -126,7 +132,9 @@ class RowSpace:
         return solution._replace(converged=solution.converged & jnp.all(pivots >= least_pivot))
 
 
-def _recovered(rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, damping: Array) -> tuple[Array, Array]:
+def _recovered(
+    rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, damping: Array, lengths: Array
+) -> tuple[Array, Array]:
     """e with g ≈ Bᴴe, and (BᴴB + λ)⁻¹ of what of g is not of this form."""
     e, rest = jnp.zeros(rows.gram.n, g.dtype), g
     for _ in range(1 + REFINEMENTS):
@@ -135,7 +143,7 @@ def _recovered(rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, dam
         rest = g - rows.transposed_times(e)
     # Woodbury on the rest alone: on all of g it would cancel, since 1/λ is large.
     outside = divide(rest - rows.transposed_times(solve(rows.times(rest))), jnp.broadcast_to(damping, rest.shape))
-    return e, jnp.where(_tree.norm(rest) > rows.rounding(g, e), outside, 0)
+    return e, jnp.where(_tree.norm(rest) > rows.rounding(g, e, lengths), outside, 0)
 
 
 def _shifted_lower(kernel: Array, shift: Array) -> Array:
@@ -191,7 +199,8 @@ class QR:
         g = frame.into(frame.space.ravel(rhs))
         size = _tree.largest(g)
         g = g / jnp.where(size > 0, size, 1)
-        e, used = rows.matching(g, rows.gram.residual if residual is None else residual)
+        lengths = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(left * values)), axis=1))
+        e, used = rows.matching(g, rows.gram.residual if residual is None else residual, lengths)
         eps = jnp.finfo(values.dtype).eps
         cut = max(left.shape[0], right.shape[1]) * eps * jnp.max(values, initial=0.0)
         kept = (values > cut) | (damping > cut**2)
