@@ -42,15 +42,15 @@ def test_the_matrix_is_the_one_of_numpy(name, dtype):
 
 @having("jac")
 @pytest.mark.parametrize("jac", ["fwd", "rev"])
-def test_the_mode_of_differentiation_changes_nothing(name, jac, dtype):
-    metric, params, data = metric_case(name, dtype, jac=jac)
-    assert error(metric(params, **data).dense(), METRICS[name].matrix) < bound(dtype)
+def test_the_mode_of_differentiation_changes_nothing(name, jac, float64):
+    metric, params, data = metric_case(name, float64, jac=jac)
+    assert error(metric(params, **data).dense(), METRICS[name].matrix) < bound(float64)
 
 
 @having("chunk")
-@pytest.mark.parametrize("chunk_size", [1, 3, 500])
-def test_chunks_make_a_matrix(name, chunk_size, dtype):
-    metric, params, data = metric_case(name, dtype, chunk_size=chunk_size)
+def test_chunks_make_a_matrix(name, dtype):
+    """3 divides no number of examples."""
+    metric, params, data = metric_case(name, dtype, chunk_size=3)
     op = metric(params, **data)
     assert not isinstance(op, operators.Gram)
     assert error(op.dense(), METRICS[name].matrix) < bound(dtype)
@@ -143,13 +143,13 @@ def test_the_matrix_has_a_derivative(name, float64):
     assert np.linalg.norm(got - differences) < 1e-8 * np.linalg.norm(METRICS[name].matrix)
 
 
-@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
 @every_metric
-def test_half_precision_parameters_are_raised(name, half):
+def test_half_precision_parameters_are_raised(name):
     """What the metric sees are the rounded parameters, in float32."""
     if name in ("fisher, unnormalised", "wasserstein, cdf"):
         pytest.skip("a support in float64 mode, a bracket: their arithmetic is not the parameters'")
     metric, params, data = metric_case(name, np.float32)
+    half = jnp.bfloat16
     low = jax.tree.map(lambda x: x.astype(half), params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
     op = metric(low, **data)
