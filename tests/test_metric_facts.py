@@ -1051,6 +1051,16 @@ MISTAKES = {
         lambda: metrics.gauss_newton(lambda p, batch: jnp.sum(batch[0] @ p), losses.squares())(ONE, batch=PAIR),
         ValueError, "model: expected one output for each example.*Do not sum",
     ),
+    "a loss that is not called": (
+        lambda: metrics.gauss_newton(LINEAR, losses.squares), TypeError, r"call it, losses.squares\(\)"
+    ),
+    "a model that is no function": (
+        lambda: metrics.gauss_newton("mlp", losses.squares()), TypeError, "model: expected a function.*str"
+    ),
+    "a batch without targets": (
+        lambda: metrics.gauss_newton(lambda p, b: b @ p, losses.squares())(ONE, batch=np.ones((3, 3), np.float32)),
+        TypeError, "targets: expected a batch .x, y.",
+    ),
     "a vector loss": (
         lambda: metrics.gauss_newton(LINEAR, lambda z, batch: z)(ONE, batch=PAIR), ValueError, "loss.*real scalar"
     ),

@@ -85,7 +85,9 @@ def gauss_newton(
     perspectives on the natural gradient method" (2020), section 9.
     """
     check_callable(model, "model", "model(params, batch)")
-    check_callable(loss, "loss", "loss(outputs, batch), or one that is called, such as losses.squares()")
+    check_callable(loss, "loss", "loss(outputs, batch), such as losses.squares()")
+    if getattr(loss, "__module__", None) == Loss.__module__ and not isinstance(loss, Loss):
+        raise TypeError(f"loss: expected a loss, got what makes one; call it, losses.{loss.__name__}()")
     form, one = Form.of(jac, chunk_size, matrix_free), OneExample(model, "model")
 
     def gauss_newton(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:
