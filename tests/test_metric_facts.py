@@ -938,6 +938,24 @@ def test_a_quasi_diagonal_keeps_the_spread_of_inputs_far_from_zero(offset):
     assert float(constant.solve({"w": jnp.ones(1), "b": jnp.zeros(())})["w"][0]) == 0.0
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e15])
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_quasi_diagonal_of_rows_of_any_size(chunk_size, size):
+    """float32: rows of 1e-25 have no squares. The step of c·g on rows of √c is the same."""
+    if chunk_size is not None and size == 1e-25:
+        size = 1e-15  # a matrix holds squares
+    metric = metrics.quasi_diagonal(
+        metrics.least_squares(lambda p, x: size * (x @ p["w"] + p["b"]), chunk_size=chunk_size),
+        lambda p: [(p["w"], p["b"])],
+    )
+    op = metric({"w": jnp.zeros(2), "b": jnp.zeros(())}, batch=jnp.asarray(X, jnp.float32))
+    step = op.solve({"w": size * jnp.ones(2), "b": jnp.asarray(size)})
+    matrix = np.concatenate([np.ones((7, 1)), X], axis=1)
+    matrix = matrix.T @ matrix
+    matrix[1, 2] = matrix[2, 1] = matrix[0, 1] * matrix[0, 2] / matrix[0, 0]
+    assert error(np.array(flat(step)) * size, np.linalg.solve(matrix, np.ones(3))) < 1e-4
+
+
 # Reports.
 
 
@@ -1060,6 +1078,9 @@ MISTAKES = {
     "a batch without targets": (
         lambda: metrics.gauss_newton(lambda p, b: b @ p, losses.squares())(ONE, batch=np.ones((3, 3), np.float32)),
         TypeError, "targets: expected a batch .x, y.",
+    ),
+    "data that are not keyword-only": (
+        lambda: metrics.pullback(lambda params, batch: batch @ params), TypeError, r"batch: expected data.*\*, batch"
     ),
     "a vector loss": (
         lambda: metrics.gauss_newton(LINEAR, lambda z, batch: z)(ONE, batch=PAIR), ValueError, "loss.*real scalar"

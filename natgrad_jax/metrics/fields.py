@@ -170,8 +170,8 @@ def wasserstein_1d(
         cdf: in place of it, cdf(params, x) for one x, continuous; inverted by bisection within the bracket.
         bracket: (low, high), or bracket(params) -> (low, high), with F(low) ≈ 0 and F(high) ≈ 1; for `cdf`.
         num_nodes: of the quadrature over u (tanh-sinh, for quantiles that are smooth within and singular at the ends).
-            What is nearer to 1 than eps is not seen: 1e-5 of an exponential in float32, nothing of it in float64, and
-            0.1 % of a tail of x^-3.5. Where ∂Q has no second moment the integral does not exist, and this is not said.
+            What is nearer to 1 than eps is not seen: 1e-5 of an exponential in float32, nothing of it in float64; of a
+            tail x^-3.5 4 % and 0.1 %. Where ∂Q has no second moment the integral does not exist, and this is not said.
         jac: "auto", "rev" or "fwd".
 
     Returns:

@@ -40,7 +40,7 @@ def fisher(
 ) -> Metric:
     """Exact Fisher information, F = Σ_x w(x) q(x) s(x) s(x)ᵀ with s = ∂log q/∂θ, as a metric.
 
-    The arguments are those of `fisher_matrix`, and two more.
+    The arguments are those of `fisher_matrix`, with the batch of a conditional model given later, by its name.
 
     Args:
         log_prob: log_prob(params, x) for one x, in nats; with `inputs` log_prob(params, y, x), the support holds the y.
@@ -276,6 +276,7 @@ def empirical_fisher(
 
     Reference: Kunstner, Balles, Hennig (2019), section 3.
     """
+    check_callable(log_prob, "log_prob", "log_prob(params, x)")
     form = Form.of(jac, chunk_size, matrix_free)
 
     def empirical_fisher(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:

@@ -142,8 +142,6 @@ def _softmax_value(z: Array, y: Array) -> Array:
 
 def _softmax_root(z: Array, u: Array) -> Array:
     p = jax.nn.softmax(z)
-    # Seen from the likeliest class: 1 − p there is then a sum of small numbers, not a difference of large ones.
-    u = u - jnp.take_along_axis(u, jnp.argmax(z, axis=-1, keepdims=True), axis=-1)
     return jnp.sqrt(p) * (u - jnp.sum(p * u, axis=-1, keepdims=True))
 
 

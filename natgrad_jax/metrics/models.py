@@ -102,9 +102,11 @@ def gauss_newton(
         if isinstance(loss, Loss):
             root = jnp.full(n, (1 / n if loss.mean else 1) ** 0.5, Space.of(params).dtype)
             y = loss.targets_for(z, batch)
-            e = root[:, None] * outputs(lambda _, zy: loss.error(*zy), None, (z, y))
-            # An e beyond the floats would explain no g; without it g alone is used.
-            e = jnp.where(jnp.all(jnp.isfinite(e)), e, 0).reshape(-1).astype(root.dtype)
+            e = None
+            if form.chunk_size is None and not matrix_free:
+                e = root[:, None] * outputs(lambda _, zy: loss.error(*zy), None, (z, y))
+                # An e beyond the floats would explain no g; without it g alone is used.
+                e = jnp.where(jnp.all(jnp.isfinite(e)), e, 0).reshape(-1).astype(root.dtype)
             return pulled_back(_Rooted(one, loss.root), params, (batch, z), root, form, residual=e)
         if matrix_free and chunk_size is None:
             hessian = Closed(Partial(HessianProduct(loss), z, (batch,), {}), None, Space.of(z))
@@ -384,10 +386,12 @@ def _on_outputs(inner: Any, out: PyTree, value: Callable[[], PyTree]) -> Operato
                 f"inner: expected a matrix of shape {(space.size, space.size)} for outputs of {space.size} numbers, "
                 f"got {matrix.shape}"
             )
-        fine = _is_positive(matrix)
+        inner = Dense(matrix, space)
+    if isinstance(inner, Dense):
+        fine = _is_positive(inner.dense())
         if concrete(fine) and not bool(fine):
             raise ValueError("inner: expected a positive semi-definite matrix, got one with a negative eigenvalue")
-        return Dense(matrix, space)
+        inner = Dense(jnp.where(fine, inner.dense(), jnp.nan), inner.space)
     if isinstance(inner, Diagonal) and any(
         concrete(leaf) and np.any(np.asarray(leaf) < 0) for leaf in jax.tree.leaves(inner.entries)
     ):
@@ -430,6 +434,6 @@ def _root_map(length: Operator | None) -> Callable[[PyTree], PyTree]:
         case Gram():
             return length.times
         case Dense():
-            root, fine = _root(length.dense()), _is_positive(length.dense())
-            return lambda u: nan_unless(fine, root.dtype) * (root @ length.space.ravel(u))
+            root = _root(length.dense())
+            return lambda u: root @ length.space.ravel(u)
     return lambda u: u

@@ -104,16 +104,17 @@ def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form) -
     """
     weights = jnp.square(roots) / jnp.sum(jnp.square(roots), axis=0)
     first = jax.tree.map(lambda x: jnp.asarray(x)[jnp.argmax(roots)][None], points)
-    copies = jax.tree.map(lambda x, y: jnp.broadcast_to(y, jnp.shape(x)), points, first)
-    both = jax.tree.map(lambda x, y: jnp.stack([x, y]), points, copies)
 
-    def total(points: PyTree) -> PyTree:
-        part = lambda theta, data: jnp.sum(_by_example(data[1]) * outputs(f, theta, data[0]), axis=0)  # noqa: E731
+    def total(copied: Array) -> PyTree:
+        def part(theta: PyTree, data: tuple[PyTree, Array]) -> Array:
+            seen = jax.tree.map(lambda x, y: jnp.where(copied, y, x), data[0], first)
+            return jnp.sum(_by_example(data[1]) * outputs(f, theta, seen), axis=0)
+
         whole = lambda theta: chunked_sum(lambda data: part(theta, data), (points, weights), form.chunk_size)  # noqa: E731
         return rows_of(whole, theta, form.jac)
 
     # A loop, so that one and the same compiled sum serves both.
-    shift = jax.tree.map(lambda x: x[:1] - x[1:], jax.lax.map(total, both))
+    shift = jax.tree.map(lambda x: x[:1] - x[1:], jax.lax.map(total, jnp.array([False, True])))
     return jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, form.jac))(first), shift
 
 
@@ -224,13 +225,21 @@ def one_each(treedef: Any, tree: PyTree, name: str) -> list[PyTree]:
     except ValueError as error:
         expected = jax.tree.unflatten(treedef, ["…"] * treedef.num_leaves)
         raise ValueError(
-            f"{name}: expected one for each term of residuals, as {expected}, got {type(tree).__name__} "
+            f"{name}: expected one for each term, as {expected}, got {type(tree).__name__} "
             f"{jax.tree.map(jnp.shape, tree)}"
         ) from error
 
 
 def with_data_of(f: Callable[..., Any], metric: Metric) -> Metric:
     """`metric`, which forwards its keyword-only arguments to f, with those of f in its signature."""
+    first, *rest = inspect.signature(f).parameters.values()
+    for p in rest:
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty:
+            name = getattr(f, "__name__", "f")
+            raise TypeError(
+                f"{p.name}: expected data as keyword-only parameters, whose names `update` forwards; write "
+                f"def {name}({first.name}, *, {p.name})"
+            )
     named = [p for p in inspect.signature(f).parameters.values() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
     params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     metric.__signature__ = inspect.Signature([params, *named])  # type: ignore[attr-defined]
