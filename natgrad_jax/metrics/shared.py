@@ -86,14 +86,13 @@ def _rows(
 ) -> PyTree:
     """The rows of all (points, roots), k after k, shaped like the parameters."""
     points, roots = data
-    if centre is None:
-        rows = jax.vmap(lambda x, root: rows_of(lambda t: flat(f(t, x)), theta, jac, root))(points, roots)
-    else:
+    rows = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(points)
+    if centre is not None:
         # Centred first, weighted then: the rounding of a large common part stays in the common part.
-        plain = jax.vmap(lambda x: rows_of(lambda t: flat(f(t, x)), theta, jac))(points)
-        first, shift = common or _common_to_outputs(plain, roots)
-        rows = jax.tree.map(lambda x, y, m: _as_rows(roots, x) * ((x - y) - m), plain, first, shift)
-    return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), rows)
+        first, shift = common or _common_to_outputs(rows, roots)
+        rows = jax.tree.map(lambda x, y, m: (x - y) - m, rows, first, shift)
+    weighted = lambda x: _as_rows(roots, x) * x  # noqa: E731
+    return jax.tree.map(lambda x: jnp.reshape(weighted(x), (x.shape[0] * x.shape[1], *x.shape[2:])), rows)
 
 
 def _common(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form) -> Common:
@@ -137,23 +136,20 @@ def _as_rows(roots: Array, rows: Array) -> Array:
     return jnp.reshape(roots, roots.shape + (1,) * (rows.ndim - roots.ndim)).astype(rows.dtype)
 
 
-def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str, root: Array | float = 1.0) -> PyTree:
-    """root · ∂g/∂θ, (k, …) in the place of each leaf; in reverse mode the root scales the cotangents, not the rows."""
+def rows_of(g: Callable[[PyTree], Array], theta: PyTree, jac: str) -> PyTree:
+    """∂g/∂θ, (k, …) in the place of each leaf."""
     out = jax.eval_shape(g, theta)
     (k,), p = out.shape, sum(x.size for x in jax.tree.leaves(theta))
     if p == 0:
         return jax.tree.map(lambda x: jnp.zeros((k, *x.shape), x.dtype), theta)
     if jac == "fwd" or (jac == "auto" and p <= FORWARD_UP_TO * k):
-        scale = jnp.broadcast_to(jnp.asarray(root, out.dtype), (k,))
         rows = jax.jacfwd(g, holomorphic=is_complex(out.dtype))(theta)
         # In the dtype of the parameters, as reverse mode has them, whatever the data make of the outputs.
-        scaled = lambda x, t: (jnp.reshape(scale, (k,) + (1,) * (x.ndim - 1)) * x).astype(t.dtype)  # noqa: E731
-        return jax.tree.map(scaled, rows, theta)
+        return _tree.cast_like(rows, theta)
     _, pull = jax.vjp(g, theta)
     if k == 1:
-        return jax.tree.map(lambda x: x[None], pull(jnp.asarray(root, out.dtype).reshape(1))[0])
-    cotangents = jnp.eye(k, dtype=out.dtype) * jnp.asarray(root, out.dtype)
-    return jax.vmap(lambda u: pull(u)[0])(cotangents)
+        return jax.tree.map(lambda x: x[None], pull(jnp.ones(1, out.dtype))[0])
+    return jax.vmap(lambda u: pull(u)[0])(jnp.eye(k, dtype=out.dtype))
 
 
 @dataclass(frozen=True)
