@@ -70,7 +70,8 @@ def test_a_zero_of_probability_that_is_hidden_is_reported(dtype):
     """The circle at t = 0 with the zero left out by hand: the scores say 0, and the other builders do not."""
     pair = lambda t: jnp.stack([jnp.cos(t / 2) ** 2, jnp.sin(t / 2) ** 2])
     log_prob = lambda t, k: jnp.where(pair(t) > 0, jnp.log(jnp.where(pair(t) > 0, pair(t), 1)), -jnp.inf)[k]
-    assert not ng.check_fisher(log_prob, jnp.zeros((), dtype), jnp.arange(2)).fine
+    report = ng.check_fisher(log_prob, jnp.zeros((), dtype), jnp.arange(2))
+    assert not report.fine and report.differences["hessian"] == pytest.approx(1)
     flat_top = lambda t, x: jnp.where(x < t, 0.0, -jnp.inf) + 0 * t
     nodes = jnp.arange(20, dtype=dtype) / 10
     assert ng.check_fisher(flat_top, jnp.asarray(1.05, dtype), nodes, normalized=False).moved > 0
@@ -197,6 +198,19 @@ def test_what_is_centred_does_not_depend_on_an_outlier_without_weight(options):
     np.testing.assert_allclose(given(jnp.float32(0.0), batch=jnp.ones(2)).dense(), [[2 / 3]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("jac", ["fwd", "rev"])
+def test_data_in_double_precision_leave_the_precision_of_the_parameters(jac, float64):
+    """float32 parameters, float64 data, in the mode in which both exist."""
+    params, batch = jnp.ones(2, jnp.float32), (jnp.asarray(X), jnp.ones((7, 1)))
+    model = lambda w, batch: (batch[0] @ w)[:, None]
+    for metric in (
+        metrics.least_squares(model, jac=jac), metrics.gauss_newton(model, losses.squares(), jac=jac),
+        metrics.pullback(lambda w: X @ w, jac=jac),
+    ):  # fmt: skip
+        op = metric(params) if metric.__name__ == "pullback" else metric(params, batch=batch)
+        assert op.rows.dtype == jnp.float32 and (op.residual is None or op.residual.dtype == jnp.float32)
+
+
 def test_a_constant_column_is_no_curvature(dtype):
     """The normalisation of a wave function: exactly 0, or solvers that do not see units would step along it by 1e26."""
     log_psi = lambda p, x: p["w"] @ x + 50.3 * p["c"]
@@ -265,9 +279,9 @@ def test_the_probit_link_is_not_canonical(float64):
     assert abs(ggn(w, batch=x).dense()[0, 0] - fisher) > 0.02
 
 
-@pytest.mark.parametrize("gap", [30.0, 50.0, 80.0])
+@pytest.mark.parametrize("gap", [14.0, 30.0, 50.0, 80.0])
 @pytest.mark.parametrize("solver", [None, solvers.qr()])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("decay", [0.0, 1e-4, 0.1])
 def test_a_saturated_example_does_not_spoil_the_step(decay, solver, gap):
     """float32, one example that is sure and wrong: its residual is e^gap/2 on a row of e^−gap/2."""
     rng = np.random.default_rng(0)
@@ -283,7 +297,7 @@ def test_a_saturated_example_does_not_spoil_the_step(decay, solver, gap):
     step, state = tx.update(g, tx.init(w), w, batch=batch)
     matrix = np.asarray(metric(w, batch=batch).dense(), float)
     expected = np.linalg.solve(matrix + 0.01 * np.eye(12), flat(g))
-    assert error(step, expected) < 2e-3 and bool(state.converged)
+    assert error(step, expected) < (1e-5 if gap == 14 and solver is None else 2e-3) and bool(state.converged)
 
 
 @pytest.mark.parametrize("gap", [0.0, 10.0, 40.0, 80.0])
