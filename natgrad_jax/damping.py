@@ -121,7 +121,7 @@ def relative(strength: Number) -> Relative:
         >>> [round(float(x), 6) for x in solution.value]
         [0.5, 0.5]
     """
-    return Relative(_checked(strength))
+    return Relative(checked(strength))
 
 
 def absolute(strength: Number) -> Absolute:
@@ -135,7 +135,7 @@ def absolute(strength: Number) -> Absolute:
         >>> [round(float(x), 6) for x in solution.value]
         [1.0, 1.0]
     """
-    return Absolute(_checked(strength))
+    return Absolute(checked(strength))
 
 
 def trace(strength: Number) -> Trace:
@@ -149,7 +149,7 @@ def trace(strength: Number) -> Trace:
         >>> [round(float(x), 6) for x in solution.value]
         [1.0, 1.0]
     """
-    return Trace(_checked(strength))
+    return Trace(checked(strength))
 
 
 def layered(strength: Number) -> Layered:
@@ -167,7 +167,7 @@ def layered(strength: Number) -> Layered:
         >>> round(float(solution.value[0, 0]), 6)
         1.0
     """
-    return Layered(_checked(strength))
+    return Layered(checked(strength))
 
 
 def metric(strength: Number, metric: Callable[[PyTree], Operator] | Operator) -> Metric | MetricFunction:
@@ -184,13 +184,13 @@ def metric(strength: Number, metric: Callable[[PyTree], Operator] | Operator) ->
         1.0
     """
     if callable(metric):
-        return MetricFunction(_checked(strength), metric)
+        return MetricFunction(checked(strength), metric)
     if not isinstance(metric, Diagonal):
         raise TypeError(
             f"metric: expected a metric(params) or an operators.Diagonal, got {type(metric).__name__}. For damping by "
             "another operator add it to the metric: operators.add(G, operators.scale(strength, D))."
         )
-    return Metric(_checked(strength), metric)
+    return Metric(checked(strength), metric)
 
 
 def as_rule(damping: Any) -> Any:
@@ -251,7 +251,10 @@ def _no_diagonal(rule: str) -> NoReturn:
     )
 
 
-def _checked(strength: Number) -> Number:
+def checked(strength: Number) -> Number:
+    """The strength λ; an error unless it is one number that cannot be seen to be negative."""
+    if isinstance(strength, RULES):
+        raise TypeError(f"damping: expected a number λ in place of the rule's own, got the rule {strength!r}")
     if jnp.ndim(strength) != 0:
         raise ValueError(
             f"damping: expected one number λ ≥ 0, got an array of shape {jnp.shape(strength)}; vmap over the solve"

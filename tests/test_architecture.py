@@ -27,8 +27,9 @@ SHOWROOMS = {"__init__", "__main__", "demo"}
 # Shared between modules, not promised to users.
 HELPERS = {
     "metrics.check_log_prob", "metrics.check_weights", "metrics.losses.second",
-    "damping.as_rule", "damping.at", "damping.known_scale", "damping.root_mean_square",
-    "damping.squares", "operators.is_operator", "solvers.factor", "solvers.implicit", "solvers.check_solver",
+    "damping.as_rule", "damping.at", "damping.checked", "damping.known_scale", "damping.root_mean_square",
+    "damping.squares", "operators.is_operator", "solvers.factor", "solvers.implicit",
+    "solvers.check_solver", "solvers.damped_product",
 }  # fmt: skip
 PUBLIC = [
     "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems", "solvers", "transforms"

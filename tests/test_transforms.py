@@ -177,10 +177,10 @@ def test_a_step_that_is_not_finite_is_not_taken(bad, where, dtype):
     g_bad, rows_bad = (spoil(g), rows) if where == "gradient" else (g, spoil(rows))
     updates, state = jax.jit(tx.update)(g_bad, tx.init(theta), theta, batch=rows_bad)
     assert not flat(updates).any()
-    inner = state[0].inner.inner
+    inner = state.inner.inner
     assert int(inner.skipped) == 1 and int(inner.count) == 0 and not bool(inner.converged)
     updates, state = tx.update(g, state, theta, batch=rows)
-    inner = state[0].inner.inner
+    inner = state.inner.inner
     assert error(updates, -expected_direction()) < TOL[dtype]
     assert int(inner.skipped) == 1 and int(inner.count) == 1 and bool(inner.converged)
 

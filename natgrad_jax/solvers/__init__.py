@@ -8,7 +8,7 @@ Every solver is a frozen static pytree with two parts, so that one factorisation
 Structure that does not fit is a `TypeError` when the program is built; numerical trouble is data in the `Solution`.
 """
 
-from natgrad_jax.solvers.choice import auto, blockwise, check_solver, factor, implicit, solve
+from natgrad_jax.solvers.choice import auto, blockwise, check_solver, damped_product, factor, implicit, solve
 from natgrad_jax.solvers.dense import cholesky, eigh
 from natgrad_jax.solvers.iterative import cg, jacobi, nystrom, partial_cholesky
 from natgrad_jax.solvers.rows import qr, row_space, woodbury
@@ -24,6 +24,7 @@ __all__ = [
     "check_solver",
     "cholesky",
     "closed",
+    "damped_product",
     "diagonal",
     "eigh",
     "factor",

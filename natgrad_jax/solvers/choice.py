@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _tree
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, concrete
+from natgrad_jax._tree import PyTree, cast_like, concrete
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import (
     Blocks,
@@ -21,6 +21,7 @@ from natgrad_jax.operators import (
     RealParts,
     is_operator,
 )
+from natgrad_jax.operators.shared import Product
 from natgrad_jax.solvers.dense import Cholesky, cholesky
 from natgrad_jax.solvers.rows import RowSpace, row_space, woodbury
 from natgrad_jax.solvers.shared import Solution, Stats, least, require
@@ -201,7 +202,11 @@ def implicit(
 
     acting = _acting(solver, operator, rule, strength)
     value, (converged, stats) = jax.lax.custom_linear_solve(
-        lambda v: _damped_product(operator, acting, strength, v), rhs, apply, transposed, has_aux=True
+        lambda v: cast_like(damped_product(operator, acting, strength)(_tree.raised(v)), v),
+        rhs,
+        apply,
+        transposed,
+        has_aux=True,
     )
     return Solution(value, converged, stats)
 
@@ -216,17 +221,15 @@ def _acting(solver: Any, operator: Operator, rule: Rule | None, strength: Number
     return None if strength is None else damping_rules.Relative(0.0)
 
 
-def _damped_product(operator: Operator, rule: Rule | None, strength: Number | None, v: PyTree) -> PyTree:
-    """(G + λD)v."""
-    product = operator.mv(v)
-    if rule is None:
-        return product
-    strength = rule.strength if strength is None else strength
-    if concrete(strength) and strength == 0:
+def damped_product(operator: Operator, rule: Rule | None, strength: Number | None = None) -> Product:
+    """v ↦ (G + λD)v; the operator is linearised once for all v."""
+    product = operator.product()
+    strength = strength if rule is None or strength is not None else rule.strength
+    if rule is None or (concrete(strength) and strength == 0):
         return product
     fixed = isinstance(rule, damping_rules.Absolute | damping_rules.Metric)
     root = operator.space.unravel(rule.root(None if fixed else operator.scale(), operator.space))
-    return jax.tree.map(lambda x, y, u: (x + strength * u * (u * y)).astype(x.dtype), product, v, root)
+    return lambda v: jax.tree.map(lambda x, y, u: (x + strength * u * (u * y)).astype(x.dtype), product(v), v, root)
 
 
 def _stopped(tree: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
-"""Transformations: G⁻¹g as optax gradient transformations. The operator flows inward, the direction flows outward.
+"""The protocol: G⁻¹g as optax gradient transformations. The operator flows inward, the direction flows outward.
 
     with_metric(metric, inner)      evaluates the metric, hands the operator to `inner`
-    trust_region(inner, max_kl)     shortens what comes out
+    wrappers around `inner`         see g, d and the operator, and change what they name
     precondition(solver, damping)   innermost: solves
 
 Whatever stands inside `with_metric` takes `operator=` in its `update`; other optax pieces are chained afterwards.
@@ -16,14 +16,61 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from natgrad_jax import _tree, solvers
 from natgrad_jax import damping as damping_rules
-from natgrad_jax import solvers
-from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, concrete, unmasked, where
+from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, unmasked, where
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.metrics import Metric
+from natgrad_jax.operators import Operator, is_operator
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 RESERVED = {"value", "grad", "value_fn", "damping", "operator", "residual", "factored", "full_params"}
+
+
+class Source(NamedTuple):
+    """Where the operator of a step comes from.
+
+    Attributes:
+        init: init(params) -> state.
+        at: at(state, updates, params, data) -> (operator on the vectors of `updates`, state).
+    """
+
+    init: Callable[[PyTree], Any]
+    at: Callable[..., tuple[Operator, Any]]
+
+
+class Outer(optax.GradientTransformationExtraArgs):
+    """A transformation that evaluates a metric: `source` says how, `inner` is what it hands the operator to."""
+
+    source: Source
+    inner: Transformation
+
+    def __new__(cls, init: Any, update: Any, source: Source, inner: Transformation) -> "Outer":
+        """init, update, and the two of them."""
+        self = super().__new__(cls, init, update)
+        self.source, self.inner = source, inner
+        return self
+
+
+class Inner(optax.GradientTransformationExtraArgs):
+    """A transformation that takes `operator=`: `factor(operator, params, full_params)` is what it does to it first.
+
+    `update` takes the result as `factored=` in place of doing it again.
+    """
+
+    factor: Callable[..., Any]
+
+    def __new__(cls, init: Any, update: Any, factor: Callable[..., Any]) -> "Inner":
+        """init, update, and the factorisation."""
+        self = super().__new__(cls, init, update)
+        self.factor = factor
+        return self
+
+
+def wrap(inner: Any, init: Any, update: Any) -> Transformation:
+    """A wrapper around `inner`, which factorises as `inner` does."""
+    factor = getattr(inner, "factor", None)
+    return optax.GradientTransformationExtraArgs(init, update) if factor is None else Inner(init, update, factor)
 
 
 class PreconditionState(NamedTuple):
@@ -35,6 +82,11 @@ class PreconditionState(NamedTuple):
         converged: whether the last solve was.
         dead: coordinates without curvature at the last solve; their step is 0.
         rank: numerical rank at the last solve, −1 where the solver does not know it.
+        natural_norm: √(gᵀd) of the last solve, the dual norm of g in the damped metric; 0 for a step not taken.
+        damping: λ of the last solve; 0 for damping=None, as little as the arithmetic allows.
+        iterations: of the last solve, −1 where the solver does not iterate.
+        residual: ‖g − (G + λD)d‖/‖g‖ at the end of an iterative solve, else −1.
+        residual_used: whether the sample-space residual was found to belong to g, and used.
         direction: the last one that was taken, where the solver starts from it (`cg(warm_start=True)`); else None.
     """
 
@@ -43,21 +95,12 @@ class PreconditionState(NamedTuple):
     converged: Array
     dead: Array
     rank: Array
+    natural_norm: Array
+    damping: Array
+    iterations: Array
+    residual: Array
+    residual_used: Array
     direction: PyTree = None
-
-
-class TrustRegionState(NamedTuple):
-    """State of `trust_region`.
-
-    Attributes:
-        norm: √(dᵀGd) of the last direction, before it was shortened.
-        scale: the factor in (0, 1] by which it was shortened.
-        inner: state of the inner transformation.
-    """
-
-    norm: Array
-    scale: Array
-    inner: Any
 
 
 class ScaleStepState(NamedTuple):
@@ -84,17 +127,21 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         >>> tx = ng.transforms.precondition()
         >>> g = jnp.array([4.0, 1.0])
         >>> d, state = tx.update(g, tx.init(g), operator=ng.operators.Diagonal(jnp.array([4.0, 1.0])))
-        >>> d.tolist()
-        [1.0, 1.0]
+        >>> d.tolist(), round(float(state.natural_norm), 4)
+        ([1.0, 1.0], 2.2361)
     """
     solver = solvers.check_solver(solvers.auto() if solver is None else solver)
     rule = damping_rules.as_rule(damping)
     warm = getattr(solver, "warm_start", False)
 
+    def factor(operator: Operator, params: PyTree | None, full_params: PyTree | None = None) -> Any:
+        return solvers.factor(solver, operator, damping_rules.at(rule, params, full_params))
+
     def init_fn(params: PyTree) -> PreconditionState:
-        zero = jnp.zeros((), jnp.int32)
+        zero, real = jnp.zeros((), jnp.int32), jnp.zeros((), _tree.real_dtype(Space.of(params).dtype))
         start = jax.tree.map(jnp.zeros_like, params) if warm else None
-        return PreconditionState(zero, zero, jnp.asarray(True), zero, zero - 1, start)
+        yes = jnp.asarray(True)
+        return PreconditionState(zero, zero, yes, zero, zero - 1, real, real, zero - 1, real - 1, ~yes, start)
 
     def update_fn(
         updates: PyTree,
@@ -104,6 +151,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         operator: Any = None,
         damping: Number | None = None,
         residual: Array | None = None,
+        factored: Any = None,
         full_params: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, PreconditionState]:
@@ -112,27 +160,46 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
             raise TypeError("operator: precondition needs update(..., operator=G); wrap it in with_metric(metric, ...)")
         operator.space.check(updates, "grads")
         resolved = damping_rules.at(rule, params, full_params)
+        damping = None if damping is None else damping_rules.checked(damping)
         given = {"residual": residual, "guess": state.direction}
         options = {name: x for name, x in given.items() if x is not None}
-        factored = solvers.factor(solver, operator, resolved)
+        factored = solvers.factor(solver, operator, resolved) if factored is None else factored
         solution = solvers.implicit(solver, factored, operator, resolved, updates, damping, **options)
         # A truncated solve is applied and flagged; one that is not finite is not taken.
         fine = all_finite(solution.value) & all_finite(updates)
         value = where(fine, solution.value, jax.tree.map(jnp.zeros_like, solution.value))
-        rank = jnp.asarray(-1, jnp.int32) if solution.stats.rank is None else solution.stats.rank
+        strength = (0.0 if resolved is None else resolved.strength) if damping is None else damping
+        stats = solution.stats
+        like = lambda x, old: old * 0 - 1 if x is None else jnp.asarray(x, old.dtype)  # noqa: E731
         return value, PreconditionState(
             count=state.count + fine.astype(jnp.int32),
             skipped=state.skipped + (~fine).astype(jnp.int32),
             converged=solution.converged,
-            dead=solution.stats.dead,
-            rank=rank,
+            dead=stats.dead,
+            rank=like(stats.rank, state.rank),
+            natural_norm=dual_norm(where(fine, updates, value), value).astype(state.natural_norm.dtype),
+            damping=jnp.asarray(strength, state.damping.dtype),
+            iterations=like(stats.iterations, state.iterations),
+            residual=like(stats.residual, state.residual),
+            residual_used=jnp.asarray(False if stats.residual_used is None else stats.residual_used),
             direction=where(fine, cast_like(value, state.direction), state.direction) if warm else None,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Inner(init_fn, update_fn, factor)
 
 
-def with_metric(metric: Metric, inner: Transformation) -> Transformation:
+def dual_norm(g: PyTree, d: PyTree) -> Array:
+    """√(gᵀd), for vectors of any size."""
+    sizes = [_tree.largest(_tree.raised(x)) for x in (g, d)]
+    units = [jnp.where(size > 0, size, 1) for size in sizes]
+    one, other = (
+        jax.tree.map(lambda x: x / unit.astype(_tree.real_dtype(x.dtype)), _tree.raised(tree))  # noqa: B023
+        for tree, unit in zip((g, d), units, strict=True)
+    )
+    return jnp.sqrt(units[0]) * jnp.sqrt(units[1]) * jnp.sqrt(jnp.maximum(_tree.vdot(one, other), 0))
+
+
+def with_metric(metric: Metric | None, inner: Transformation) -> Transformation:
     """Evaluates `metric(params, **data)` once per update and hands the operator to `inner`.
 
     The metric's keyword-only parameters name the data that `update` must be given; exactly those are forwarded.
@@ -142,7 +209,8 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
     solved.
 
     Args:
-        metric: metric(params, **data) -> operator.
+        metric: metric(params, **data) -> operator; None for a curvature of your own, given to each `update` as
+            `operator=`.
         inner: `precondition` or a wrapper around it.
 
     Raises:
@@ -157,88 +225,73 @@ def with_metric(metric: Metric, inner: Transformation) -> Transformation:
         >>> d.tolist()
         [1.0]
     """
+    source = given_operator() if metric is None else of_metric(metric)
+    require_operator_argument(inner, "with_metric")
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        operator, _ = source.at((), updates, params, extra_args)
+        return hand_to(inner, operator, updates, state, params, extra_args)
+
+    return Outer(inner.init, update_fn, source, inner)
+
+
+def hand_to(
+    inner: Transformation,
+    operator: Operator,
+    updates: PyTree,
+    state: Any,
+    params: PyTree | None,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, Any]:
+    """`inner.update` with the operator, and the residual that rides on it unless one was given."""
+    given = {"residual": getattr(operator, "residual", None)} | extra_args | {"operator": operator}
+    return inner.update(updates, state, params, **given)
+
+
+def of_metric(metric: Metric) -> Source:
+    """The metric, evaluated anew for every step."""
     name = getattr(metric, "__name__", type(metric).__name__)
     required, optional = _data_names(metric, name)
-    _require_operator_argument(inner, "with_metric")
 
-    def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        full_params: PyTree | None = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, Any]:
+    def at(state: Any, updates: PyTree, params: PyTree | None, data: dict[str, Any]) -> tuple[Operator, Any]:
         if params is None:
             raise ValueError("params: a metric is evaluated at the parameters; call update(grads, state, params)")
-        missing = [data for data in required if data not in extra_args]
+        missing = [key for key in required if key not in data]
         if missing:
             raise TypeError(
                 f"{missing[0]}: the metric {name} needs it; call update(grads, state, params, {missing[0]}=...)"
             )
         Space.of(params).check(updates, "grads")
         mask = unmasked(params)
-        whole = all(jax.tree.leaves(mask))
+        whole, full_params = all(jax.tree.leaves(mask)), data.get("full_params")
         if not whole and full_params is None:
             raise TypeError(
                 f"full_params: a part of the parameters is hidden (optax.masked, partition), and the metric {name} is "
                 "evaluated at all of them; call update(grads, state, params, full_params=params)"
             )
         everything = params if whole else full_params
-        data = {key: extra_args[key] for key in (*required, *optional) if key in extra_args}
-        operator = metric(everything, **data)
+        operator = metric(everything, **{key: data[key] for key in (*required, *optional) if key in data})
         _check_operator(operator, everything, name)
-        given = {"residual": getattr(operator, "residual", None)} | extra_args
-        if not whole:
-            operator, given["full_params"] = operator.restrict(mask), full_params
-        return inner.update(updates, state, params, **{**given, "operator": operator})
+        return operator if whole else operator.restrict(mask), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return Source(lambda params: (), at)
 
 
-def trust_region(inner: Transformation, max_kl: Number) -> Transformation:
-    """Shortens the inner direction d to ½dᵀGd ≤ max_kl, the KL divergence of the step to second order, in nats.
+def given_operator() -> Source:
+    """The operator that `update` is given."""
 
-    G is the operator without damping. A direction inside the bound is left as it is.
+    def at(state: Any, updates: PyTree, params: PyTree | None, data: dict[str, Any]) -> tuple[Operator, Any]:
+        operator: Any = data.get("operator")
+        if not is_operator(operator):
+            raise TypeError(
+                "operator: without a metric, expected one of natgrad_jax.operators in update(grads, state, params, "
+                f"operator=G), got {type(operator).__name__}"
+            )
+        mask = unmasked(updates)
+        hidden = not all(jax.tree.leaves(mask)) and operator.space.treedef != Space.of(updates).treedef
+        return operator.restrict(mask) if hidden else operator, state
 
-    Args:
-        inner: takes `operator`; what it returns is the whole step (put the learning rate inside).
-        max_kl: the bound, in nats; positive.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import natgrad_jax as ng
-        >>> tx = ng.transforms.trust_region(ng.transforms.precondition(), max_kl=0.5)
-        >>> g = jnp.array([8.0])
-        >>> d, state = tx.update(g, tx.init(g), operator=ng.operators.Diagonal(jnp.array([4.0])))
-        >>> d.tolist()
-        [0.5]
-    """
-    if concrete(max_kl) and not max_kl > 0:
-        raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}")
-    _require_operator_argument(inner, "trust_region")
-
-    def init_fn(params: PyTree) -> TrustRegionState:
-        dtype = Space.of(params).dtype
-        return TrustRegionState(jnp.zeros((), dtype), jnp.ones((), dtype), inner.init(params))
-
-    def update_fn(
-        updates: PyTree,
-        state: TrustRegionState,
-        params: PyTree | None = None,
-        *,
-        operator: Any = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, TrustRegionState]:
-        direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
-        norm = operator.norm(direction).astype(state.norm.dtype)
-        bound = jnp.sqrt(2 * jnp.asarray(max_kl, norm.dtype))
-        # A norm that overflows, or is not a number, bounds nothing: no step, and the state shows why.
-        scale = jnp.where(jnp.isfinite(norm), jnp.minimum(1, bound / jnp.where(norm > 0, norm, bound)), 0)
-        direction = cast_like(jax.tree.map(lambda d: d * scale.astype(d.dtype), direction), direction)
-        return direction, TrustRegionState(norm, scale, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Source(lambda params: (), at)
 
 
 def scale_step(inner: Transformation, step_size: optax.ScalarOrSchedule) -> Transformation:
@@ -253,7 +306,7 @@ def scale_step(inner: Transformation, step_size: optax.ScalarOrSchedule) -> Tran
         >>> d.tolist()
         [1.0]
     """
-    _require_operator_argument(inner, "scale_step")
+    require_operator_argument(inner, "scale_step")
 
     def init_fn(params: PyTree) -> ScaleStepState:
         return ScaleStepState(jnp.zeros((), jnp.int32), inner.init(params))
@@ -263,101 +316,14 @@ def scale_step(inner: Transformation, step_size: optax.ScalarOrSchedule) -> Tran
     ) -> tuple[PyTree, ScaleStepState]:
         direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
         size = step_size(state.count) if callable(step_size) else step_size
-        direction = jax.tree.map(lambda d: d * jnp.asarray(size, d.dtype), direction)
-        return direction, ScaleStepState(optax.safe_increment(state.count), inner_state)
+        return scaled(direction, size), ScaleStepState(optax.safe_increment(state.count), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def scale_by_metric(metric: Metric, *, solver: Any = None, damping: "Rule | Number | None" = None) -> Transformation:
-    """Replaces the gradient g by (G + λD)⁻¹g: `with_metric(metric, precondition(solver, damping))`.
-
-    The sign is that of the gradient: chain `optax.scale(-learning_rate)` afterwards.
-
-    Args:
-        metric: metric(params, **data) -> operator.
-        solver: one of `solvers`; None picks by structure.
-        damping: None (as little as the arithmetic allows), a number (relative, λ·diag G) or a rule of `damping`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import natgrad_jax as ng
-        >>> tx = ng.scale_by_metric(ng.metrics.scales(jnp.array([1.0, 0.5])))
-        >>> theta = jnp.array([1.0, 1.0])
-        >>> d, state = tx.update(jnp.array([1.0, 4.0]), tx.init(theta), theta)
-        >>> d.tolist()
-        [1.0, 1.0]
-    """
-    return with_metric(metric, precondition(solver, damping))
+    return wrap(inner, init_fn, update_fn)
 
 
-def natural_gradient(
-    learning_rate: optax.ScalarOrSchedule,
-    metric: Metric,
-    *,
-    solver: Any = None,
-    damping: "Rule | Number | None" = None,
-    max_kl: Number | None = None,
-) -> Transformation:
-    """Natural gradient descent: θ ← θ − η (G + λD)⁻¹ ∇L, with ½sᵀGs ≤ max_kl for the whole step s.
-
-    Args:
-        learning_rate: η > 0, a number or a schedule; dimensionless. 1 is exact for L quadratic with Hessian G.
-        metric: metric(params, **data) -> operator, such as `metrics.fisher(log_prob, support)`.
-        solver: one of `solvers`; None picks by structure.
-        damping: None (as little as the arithmetic allows), a number (relative, λ·diag G) or a rule of `damping`.
-        max_kl: bound on the KL divergence of one step, in nats; None for none.
-
-    Returns:
-        An optax transformation whose `update(grads, state, params, **data)` returns what `optax.apply_updates` adds.
-        A step that is not finite is skipped and counted in the state.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> import natgrad_jax as ng
-        >>> loss = lambda theta: 0.5 * jnp.sum((theta / jnp.array([1.0, 0.01])) ** 2)
-        >>> tx = ng.natural_gradient(1.0, ng.metrics.scales(jnp.array([1.0, 0.01])))
-        >>> theta = jnp.array([1.0, 1.0])
-        >>> updates, state = tx.update(jax.grad(loss)(theta), tx.init(theta), theta)
-        >>> [round(float(x), 6) for x in optax.apply_updates(theta, updates)]
-        [0.0, 0.0]
-
-    Reference: Amari, "Natural gradient works efficiently in learning" (1998), theorem 1.
-    """
-    if not callable(learning_rate) and concrete(learning_rate) and not learning_rate >= 0:
-        raise ValueError(
-            f"learning_rate: expected a number ≥ 0 or a schedule, got {learning_rate}; "
-            "the minus sign of descent is put in here"
-        )
-    inner = scale_step(precondition(solver, damping), learning_rate)
-    if max_kl is not None:
-        inner = trust_region(inner, max_kl)
-    return optax.with_extra_args_support(optax.chain(with_metric(metric, inner), optax.scale(-1.0)))
-
-
-def retract(family: Any) -> Transformation:
-    """Turns the step s into R(θ, s) − θ, R the family's retraction, so that θ + update never leaves the family.
-
-    Chain it last, after the sign. Where θ + (R − θ) would round away (a scale shrinking from 1 to 1e-9 in float32),
-    call `family.retract(params, step)` instead of adding.
-
-    Example:
-        >>> import natgrad_jax as ng
-        >>> family = ng.families.gaussian_full_rank(1)
-        >>> params, tx = family.init(), ng.transforms.retract(family)
-        >>> update, _ = tx.update(family.init(scale=-2.0), tx.init(params), params)
-        >>> round(float((params.scale_tril + update.scale_tril)[0, 0]), 4)
-        0.1353
-    """
-
-    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
-        del extra_args
-        if params is None:
-            raise ValueError("params: retract needs the point to start from; call update(grads, state, params)")
-        target = family.retract(params, updates)
-        return cast_like(jax.tree.map(jnp.subtract, target, params), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+def scaled(direction: PyTree, size: Number) -> PyTree:
+    """size·d, in the dtypes of d."""
+    return jax.tree.map(lambda d: d * jnp.asarray(size, d.dtype), direction)
 
 
 def _check_operator(operator: Any, params: PyTree, name: str) -> None:
@@ -390,7 +356,8 @@ def _data_names(metric: Metric, name: str) -> tuple[list[str], list[str]]:
     return required, [p.name for p in keyword if p.default is not p.empty]
 
 
-def _require_operator_argument(inner: Any, name: str) -> None:
+def require_operator_argument(inner: Any, name: str) -> None:
+    """A `TypeError` unless the update of `inner` takes an operator."""
     update: Callable[..., Any] | None = getattr(inner, "update", None)
     if update is None or "operator" not in inspect.signature(update).parameters:
         raise TypeError(
