@@ -198,6 +198,12 @@ def concrete(*arrays: Any) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
+def surely(x: Any, condition: Callable[[Any], Any]) -> bool:
+    """Whether the values of x can be read now and the condition holds for them, as numpy: inside `jit` operations on
+    known arrays are traced too."""
+    return concrete(x) and bool(condition(np.asarray(x)))
+
+
 def leading_axis(tree: PyTree, name: str) -> int:
     """The common length of the leading axis of every leaf; a `ValueError` that names `name` if there is none."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, Space, concrete, real_dtype, unmasked
+from natgrad_jax._tree import PyTree, Space, real_dtype, surely, unmasked
 from natgrad_jax.operators import Diagonal, Operator
 
 Number = float | Array
@@ -259,6 +259,6 @@ def checked(strength: Number) -> Number:
         raise ValueError(
             f"damping: expected one number λ ≥ 0, got an array of shape {jnp.shape(strength)}; vmap over the solve"
         )
-    if concrete(strength) and not strength >= 0:
+    if surely(strength, lambda x: not x >= 0):
         raise ValueError(f"damping: expected a number λ ≥ 0, got {strength}")
     return strength

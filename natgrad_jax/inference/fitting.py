@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_jax._tree import PyTree, concrete
+from natgrad_jax._tree import PyTree, concrete, surely
 from natgrad_jax.families import FullRankParams, GaussianFullRank, GaussianMeanField, MeanFieldParams
 from natgrad_jax.inference import whitened
 from natgrad_jax.inference.whitened import Frame, State
@@ -157,7 +157,7 @@ def fit(
             "For a discrete q minimise inference.exact_kl or inference.elbo with natural_gradient(lr, family.fisher)."
         )
     for name, value in (("max_steps", max_steps), ("min_draws", min_draws), ("tol", tol)):
-        if concrete(value) and not value > 0:
+        if surely(value, lambda x: not x > 0):
             raise ValueError(f"{name}: expected a positive number, got {value}")
     default = family.init() if init is None else init
     if jax.tree.map(jnp.shape, default) != jax.tree.map(jnp.shape, family.init()):

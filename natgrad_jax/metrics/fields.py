@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree, operators
-from natgrad_jax._tree import PyTree, Space, concrete, is_complex, leading_axis
+from natgrad_jax._tree import PyTree, Space, concrete, is_complex, leading_axis, surely
 from natgrad_jax.metrics.shared import (
     Form,
     Metric,
@@ -379,9 +379,9 @@ def sobolev(
     check_callable(field, "field", "field(params, x)")
     if not isinstance(weights, tuple | list):
         raise ValueError(f"weights: expected a tuple with one number for each order of derivative, got {weights!r}")
-    if not weights or not any(jnp.ndim(c) == 0 and (not concrete(c) or c > 0) for c in weights):
+    if not weights or not any(jnp.ndim(c) == 0 and (not surely(c, lambda x: not x > 0)) for c in weights):
         raise ValueError(f"weights: expected one number for each order of derivative, one of them > 0, got {weights}")
-    orders = tuple(m for m, c in enumerate(weights) if not concrete(c) or c != 0)
+    orders = tuple(m for m, c in enumerate(weights) if not surely(c, lambda x: x == 0))
     chosen = tuple(weights[m] for m in orders)
     fields = _Derivatives(field, orders)
     return energy(fields, chosen, jac=jac, chunk_size=chunk_size, matrix_free=matrix_free)

@@ -8,7 +8,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, concrete
+from natgrad_jax._tree import PyTree, surely
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
 from natgrad_jax.operators.products import Closed, RealParts, Sum
 from natgrad_jax.operators.shared import Operator, Product
@@ -71,7 +71,7 @@ def scale(c: float | Array, operator: Operator) -> Operator:
         >>> operators.scale(3.0, operators.Diagonal(jnp.ones(2))).entries.tolist()
         [3.0, 3.0]
     """
-    if jnp.ndim(c) != 0 or (concrete(c) and not c >= 0):
+    if jnp.ndim(c) != 0 or surely(c, lambda x: not x >= 0):
         raise ValueError(f"c: expected one number ≥ 0, got {c}; a metric has no negative lengths")
     root = jnp.sqrt(c)
     match operator:

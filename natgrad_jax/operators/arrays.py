@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
@@ -163,7 +164,7 @@ class Gram:
                 f"weights, residual: expected one number for each of the n = {n} samples, "
                 f"got shapes {given.shape} and {None if residual is None else jnp.shape(residual)}"
             )
-        if _tree.concrete(given) and bool(jnp.any(given < 0)):
+        if _tree.surely(given, lambda x: np.any(x < 0)):
             raise ValueError(f"weights: expected numbers ≥ 0, got a smallest one of {jnp.min(given)}")
         total = jnp.sum(given)
         root = jnp.sqrt(given)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _tree
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, cast_like, concrete
+from natgrad_jax._tree import PyTree, cast_like, surely
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import (
     Blocks,
@@ -225,7 +225,7 @@ def damped_product(operator: Operator, rule: Rule | None, strength: Number | Non
     """v ↦ (G + λD)v; the operator is linearised once for all v."""
     product = operator.product()
     strength = strength if rule is None or strength is not None else rule.strength
-    if rule is None or (concrete(strength) and strength == 0):
+    if rule is None or surely(strength, lambda x: x == 0):
         return product
     fixed = isinstance(rule, damping_rules.Absolute | damping_rules.Metric)
     root = operator.space.unravel(rule.root(None if fixed else operator.scale(), operator.space))

@@ -10,7 +10,7 @@ from jax import Array
 
 from natgrad_jax import _tree
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, cast_like, concrete
+from natgrad_jax._tree import PyTree, cast_like, surely
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import Diagonal, LowRank, Operator
 from natgrad_jax.operators.shared import Product
@@ -190,7 +190,7 @@ class CG:
 
 
 def _is_zero(strength: Number) -> bool:
-    return concrete(strength) and bool(strength == 0)
+    return surely(strength, lambda x: x == 0)
 
 
 def _no_damping(operator: Operator) -> Array:

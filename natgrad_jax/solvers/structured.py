@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, all_finite, cast_like, concrete
+from natgrad_jax._tree import PyTree, all_finite, cast_like, surely
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.operators import Closed, Diagonal, Kronecker, Operator
 from natgrad_jax.solvers.shared import Frame, Solution, Stats, divide, require, solution, strength_of
@@ -51,7 +51,7 @@ class ClosedSolver:
         require(operator, (Closed,), "closed", "Leave solver=None to have one chosen.")
         if operator.solve is None:
             raise TypeError("solvers.closed: this operator has products only; use solvers.cg() or solvers.cholesky()")
-        if rule is not None and not (concrete(rule.strength) and rule.strength == 0):
+        if rule is not None and not surely(rule.strength, lambda x: x == 0):
             raise TypeError(
                 f"damping: a closed-form solve has no damping, got {rule}. "
                 "Use damping=None, solvers.cholesky(), which builds the matrix, or solvers.cg()."

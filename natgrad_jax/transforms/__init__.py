@@ -8,19 +8,72 @@ from natgrad_jax.transforms.core import (
     with_metric,
 )
 from natgrad_jax.transforms.lengths import NormaliseState, TrustRegionState, normalise, retract, trust_region
+from natgrad_jax.transforms.momentum import (
+    GeodesicState,
+    HeavyBallState,
+    SpringState,
+    geodesic,
+    heavy_ball,
+    spring,
+)
 from natgrad_jax.transforms.optimizers import natural_gradient, scale_by_metric
+from natgrad_jax.transforms.reports import Summary, summary
+from natgrad_jax.transforms.reuse import (
+    AccumulateState,
+    AverageState,
+    EveryKState,
+    accumulate,
+    average,
+    every_k,
+)
+from natgrad_jax.transforms.search import (
+    DampingGridState,
+    LevenbergMarquardtState,
+    Progress,
+    QuadraticStepState,
+    StepSearchState,
+    backtracking,
+    damping_grid,
+    grid_search,
+    levenberg_marquardt,
+    quadratic_step,
+)
 
 __all__ = [
+    "AccumulateState",
+    "AverageState",
+    "DampingGridState",
+    "EveryKState",
+    "GeodesicState",
+    "HeavyBallState",
+    "LevenbergMarquardtState",
     "NormaliseState",
     "PreconditionState",
+    "Progress",
+    "QuadraticStepState",
     "ScaleStepState",
+    "SpringState",
+    "StepSearchState",
+    "Summary",
     "TrustRegionState",
+    "accumulate",
+    "average",
+    "backtracking",
+    "damping_grid",
+    "every_k",
+    "geodesic",
+    "grid_search",
+    "heavy_ball",
+    "levenberg_marquardt",
     "natural_gradient",
     "normalise",
     "precondition",
+    "quadratic_step",
     "retract",
     "scale_by_metric",
     "scale_step",
+    "spring",
+    "summary",
     "trust_region",
     "with_metric",
 ]

@@ -85,7 +85,7 @@ class PreconditionState(NamedTuple):
         natural_norm: √(gᵀd) of the last solve, the dual norm of g in the damped metric; 0 for a step not taken.
         damping: λ of the last solve; 0 for damping=None, as little as the arithmetic allows.
         iterations: of the last solve, −1 where the solver does not iterate.
-        residual: ‖g − (G + λD)d‖/‖g‖ at the end of an iterative solve, else −1.
+        residual: ‖g − (G + λD)d‖/‖g‖ at the end of an iterative solve, else −1, and for a step not taken.
         residual_used: whether the sample-space residual was found to belong to g, and used.
         direction: the last one that was taken, where the solver starts from it (`cg(warm_start=True)`); else None.
     """
@@ -180,7 +180,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
             natural_norm=dual_norm(where(fine, updates, value), value).astype(state.natural_norm.dtype),
             damping=jnp.asarray(strength, state.damping.dtype),
             iterations=like(stats.iterations, state.iterations),
-            residual=like(stats.residual, state.residual),
+            residual=jnp.where(fine, like(stats.residual, state.residual), -1),
             residual_used=jnp.asarray(False if stats.residual_used is None else stats.residual_used),
             direction=where(fine, cast_like(value, state.direction), state.direction) if warm else None,
         )

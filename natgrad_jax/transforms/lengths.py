@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from natgrad_jax._tree import PyTree, Space, cast_like, concrete
+from natgrad_jax._tree import PyTree, cast_like
 from natgrad_jax.damping import Number
 from natgrad_jax.transforms.core import Transformation, require_operator_argument, scaled, wrap
+from natgrad_jax.transforms.shared import check_positive, zero_of
 
 
 class TrustRegionState(NamedTuple):
@@ -51,8 +52,7 @@ def trust_region(inner: Transformation, max_kl: Number) -> Transformation:
         >>> d.tolist()
         [0.5]
     """
-    if concrete(max_kl) and not max_kl > 0:
-        raise ValueError(f"max_kl: expected a positive number of nats, got {max_kl}")
+    check_positive(max_kl, "max_kl", "number of nats")
     require_operator_argument(inner, "trust_region")
 
     def init_fn(params: PyTree) -> TrustRegionState:
@@ -113,11 +113,6 @@ def normalise(inner: Transformation) -> Transformation:
         return unit, NormaliseState(norm, inner_state)
 
     return wrap(inner, init_fn, update_fn)
-
-
-def zero_of(params: PyTree) -> Array:
-    """0 as a real number of the parameters' precision."""
-    return jnp.zeros((), jnp.finfo(Space.of(params).dtype).dtype)
 
 
 def retract(family: Any) -> Transformation:

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from natgrad_jax._tree import concrete
+from natgrad_jax._tree import surely
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms.core import Transformation, precondition, scale_step, with_metric
@@ -70,7 +70,7 @@ def natural_gradient(
 
     Reference: Amari, "Natural gradient works efficiently in learning" (1998), theorem 1.
     """
-    if not callable(learning_rate) and concrete(learning_rate) and not learning_rate >= 0:
+    if not callable(learning_rate) and surely(learning_rate, lambda x: not x >= 0):
         raise ValueError(
             f"learning_rate: expected a number ≥ 0 or a schedule, got {learning_rate}; "
             "the minus sign of descent is put in here"

@@ -1,0 +1,561 @@
+"""Rules that evaluate the objective: steps, dampings and momenta that are chosen by what the loss does.
+
+They try θ − s for steps s with the sign of the gradient, and read what optax's own line searches read: `value_fn`, and,
+where they are at hand, `value` (the loss at θ) and `grad` (its gradient, if the chain has changed the updates). Since
+the step that was tried is the one that must be taken, only `optax.scale(-1.0)` may follow.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from natgrad_jax import _tree, solvers
+from natgrad_jax import damping as damping_rules
+from natgrad_jax._tree import PyTree, all_finite, cast_like, surely, where
+from natgrad_jax.damping import Number
+from natgrad_jax.operators import Dense, Operator
+from natgrad_jax.transforms.core import Transformation, of_metric, require_operator_argument, scaled, wrap
+from natgrad_jax.transforms.shared import check_positive, data_for, gradient_of, merged, zero_of
+
+IDLE = 10  # steps in a row without progress that make a stall
+PROGRESS = 1e-3  # of the decrease that the model promises, below which there is none
+ROUNDINGS = 8  # in the difference of two values of the loss
+
+
+class Progress(NamedTuple):
+    """What the last step did to the loss.
+
+    Attributes:
+        predicted: its decrease by the quadratic model, gᵀs − ½sᵀGs with the undamped G; 0 where that is not finite.
+        actual: its decrease; 0 for a step not taken.
+        idle: steps in a row that brought less than a thousandth of what the model promised.
+        stalled: ten such steps.
+    """
+
+    predicted: Array
+    actual: Array
+    idle: Array
+    stalled: Array
+
+    @classmethod
+    def none(cls, params: PyTree) -> "Progress":
+        """Before the first step."""
+        zero = zero_of(params)
+        return cls(zero, zero, jnp.zeros((), jnp.int32), jnp.asarray(False))
+
+    def after(self, predicted: Array, actual: Array, promised: Array, noise: Array) -> "Progress":
+        """With one step more; `promised` is the decrease that a full step would bring."""
+        idle = (promised > noise) & ~(actual > PROGRESS * promised)
+        idle = jnp.where(idle, self.idle + 1, 0)
+        known = lambda x: jnp.where(jnp.isfinite(x), x, 0).astype(self.actual.dtype)  # noqa: E731
+        return Progress(known(predicted), known(actual), idle, idle >= IDLE)
+
+
+class Objective(NamedTuple):
+    """The loss around the parameters.
+
+    Attributes:
+        value: L(θ).
+        after: s ↦ L(θ − s).
+    """
+
+    value: Array
+    after: Callable[[PyTree], Array]
+
+    @classmethod
+    def of(cls, name: str, params: PyTree | None, extra_args: dict[str, Any]) -> "Objective":
+        """From the extra arguments of an update."""
+        value_fn = extra_args.get("value_fn")
+        if not callable(value_fn):
+            raise TypeError(
+                f"value_fn: {name} compares values of the loss; call update(grads, state, params, value_fn=loss), with "
+                "loss(params, **data) on the same data as the gradient"
+            )
+        if params is None:
+            raise ValueError(f"params: {name} evaluates the loss near them; call update(grads, state, params)")
+        full_params = extra_args.get("full_params")
+        data = data_for(value_fn, extra_args)
+
+        def loss(params: PyTree) -> Array:
+            value = jnp.asarray(value_fn(merged(params, full_params), **data))
+            if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+                raise ValueError(f"value_fn: expected a real scalar, got shape {value.shape}, dtype {value.dtype}")
+            return value
+
+        value = extra_args.get("value")
+        value = loss(params) if value is None else jnp.asarray(value)
+        # What optax.apply_updates will make of −s.
+        return cls(value, lambda step: loss(cast_like(jax.tree.map(jnp.subtract, params, step), params)))
+
+    @property
+    def noise(self) -> Array:
+        """A decrease that is all rounding."""
+        return ROUNDINGS * jnp.finfo(self.value.dtype).eps * jnp.abs(self.value)
+
+
+def predicted_decrease(operator: Operator, g: PyTree, step: PyTree) -> Array:
+    """gᵀs − ½sᵀGs."""
+    g, step = _tree.raised(g), _tree.raised(step)
+    return _tree.vdot(g, step) - 0.5 * jnp.square(operator.norm(step))
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """State of `levenberg_marquardt`.
+
+    Attributes:
+        damping: λ of the next step.
+        growth: the factor by which the next rejection multiplies it.
+        rejected: steps not taken.
+        ratio: the gain ratio of the last step, actual over predicted decrease; 0 for a step that is not finite.
+        progress: `Progress`.
+        inner: state of the inner transformation.
+    """
+
+    damping: Array
+    growth: Array
+    rejected: Array
+    ratio: Array
+    progress: Progress
+    inner: Any
+
+
+def levenberg_marquardt(
+    inner: Transformation, damping: Number = 1e-3, *, learning_rate: Number = 1.0, accept: float = 1e-3
+) -> Transformation:
+    """Levenberg–Marquardt: λ follows the gain ratio, and a step that does not lower the loss is not taken.
+
+        ratio = [L(θ) − L(θ − s)] / [gᵀs − ½sᵀGs],    s = learning_rate · (G + λD)⁻¹g
+
+    The model is that of the undamped G: on a quadratic with Hessian G the ratio is 1 whatever λ. A step is taken if the
+    ratio exceeds `accept`; then λ ← λ·max(⅓, 1 − (2·ratio − 1)³), else λ grows by 2, 4, 8, … until one is. Where the
+    predicted decrease is below the rounding of L, a step is taken if L does not rise, and λ stays.
+
+    Args:
+        inner: `precondition(solver, damping)` or a wrapper around it; the rule of its damping says what D is, its λ is
+            not used.
+        damping: λ of the first step, > 0. Dimensionless for relative damping, which is what D is for damping=None.
+        learning_rate: > 0.
+        accept: the least gain ratio, between 0 and 1.
+
+    `update` needs `value_fn`, and takes `value` and `grad` (see the module). One value of the loss, or two without
+    `value`, and one product with G are what it costs beside the solve.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import natgrad_jax as ng
+        >>> loss = lambda x: 50 * (x[1] - x[0] ** 2) ** 2 + 0.5 * (1 - x[0]) ** 2
+        >>> residuals = lambda x: jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+        >>> rule = ng.transforms.levenberg_marquardt(ng.transforms.precondition())
+        >>> tx = optax.chain(ng.transforms.with_metric(ng.metrics.pullback(residuals), rule), optax.scale(-1.0))
+        >>> x = jnp.array([-1.2, 1.0])
+        >>> state = tx.init(x)
+        >>> for _ in range(40):
+        ...     step, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+        ...     x = optax.apply_updates(x, step)
+        >>> x.round(3).tolist()
+        [1.0, 1.0]
+
+    Reference: Madsen, Nielsen, Tingleff, "Methods for non-linear least squares problems" (2004), algorithm 3.16.
+    """
+    name = "levenberg_marquardt"
+    require_operator_argument(inner, name)
+    check_positive(damping, "damping", "λ")
+    check_positive(learning_rate, "learning_rate", "step size")
+    if not 0 <= accept < 1:
+        raise ValueError(f"accept: expected a gain ratio between 0 and 1, got {accept}")
+
+    def init_fn(params: PyTree) -> LevenbergMarquardtState:
+        one, zero = zero_of(params) + 1, jnp.zeros((), jnp.int32)
+        start = jnp.asarray(damping, one.dtype)
+        return LevenbergMarquardtState(start, 2 * one, zero, 0 * one, Progress.none(params), inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: LevenbergMarquardtState, params: PyTree | None = None, *, operator: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, LevenbergMarquardtState]:  # fmt: skip
+        refuse_damping(name, extra_args)
+        objective = Objective.of(name, params, extra_args)
+        given = extra_args | {"operator": operator, "damping": state.damping}
+        direction, inner_state = inner.update(updates, state.inner, params, **given)
+        step = scaled(direction, learning_rate)
+        g = gradient_of(updates, extra_args)
+        trial = objective.after(step)
+        predicted = predicted_decrease(operator, g, step)
+        actual = objective.value - trial
+        settled = (predicted <= objective.noise) & (jnp.abs(actual) <= objective.noise)
+        known = jnp.isfinite(trial) & jnp.isfinite(predicted) & (predicted > 0)
+        ratio = jnp.where(known, actual / jnp.where(known, predicted, 1), 0)
+        ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)
+        moved = _tree.largest(step) > 0
+        taken = moved & jnp.where(settled, trial <= objective.value, known & (ratio > accept))
+        # Neither a point of rest nor a bad batch says anything about the model.
+        silent = (_tree.largest(updates) == 0) | ~all_finite(updates) | ~jnp.isfinite(objective.value)
+        keep = settled | silent
+        shrunk = state.damping * jnp.maximum(1 / 3, 1 - (2 * ratio.astype(state.damping.dtype) - 1) ** 3)
+        grown = state.damping * state.growth
+        # Infinite damping could not come back.
+        grown = jnp.where(jnp.isfinite(grown), grown, state.damping)
+        shrunk = jnp.where(shrunk > 0, shrunk, state.damping)
+        progress = state.progress.after(
+            predicted, jnp.where(taken, actual, 0), 0.5 * _tree.vdot(g, step), objective.noise
+        )
+        return where(taken, step, jax.tree.map(jnp.zeros_like, step)), LevenbergMarquardtState(
+            damping=jnp.where(keep, state.damping, jnp.where(taken, shrunk, grown)),
+            growth=jnp.where(keep, state.growth, jnp.where(taken, 2, 2 * state.growth)),
+            rejected=state.rejected + (moved & ~taken).astype(jnp.int32),
+            ratio=ratio.astype(state.ratio.dtype),
+            progress=progress,
+            # What the rejected step left in a momentum, or a cache, belongs to a point that was never reached.
+            inner=where(taken | ~moved, inner_state, state.inner),
+        )
+
+    return wrap(inner, init_fn, update_fn)
+
+
+def refuse_damping(name: str, extra_args: dict[str, Any]) -> None:
+    """A `TypeError` if λ is set from outside."""
+    if extra_args.get("damping") is not None:
+        raise TypeError(
+            f"damping: {name} chooses λ by itself; leave damping= out of update, and do not put one rule that sets λ "
+            "inside another"
+        )
+
+
+class DampingGridState(NamedTuple):
+    """State of `damping_grid`.
+
+    Attributes:
+        damping: λ of the last step; that of the best of them where none was taken.
+        progress: `Progress`.
+        inner: state of the inner transformation.
+    """
+
+    damping: Array
+    progress: Progress
+    inner: Any
+
+
+class StepSearchState(NamedTuple):
+    """State of `grid_search` and of `backtracking`.
+
+    Attributes:
+        step_size: the factor of the last direction; 0 for a step not taken.
+        progress: `Progress`.
+        inner: state of the inner transformation.
+    """
+
+    step_size: Array
+    progress: Progress
+    inner: Any
+
+
+def damping_grid(
+    inner: Transformation,
+    dampings: Sequence[float] | Array | None = None,
+    *,
+    learning_rate: Number = 1.0,
+    chunk_size: int | None = None,
+) -> Transformation:
+    """The best by the loss itself of the steps for several λ; none, if none lowers it.
+
+        λ* = argmin_λ L(θ − learning_rate · (G + λD)⁻¹g)
+
+    It replaces a line search and a damping schedule at once: a long step along what the data know, a short one along
+    what they do not. `solvers.eigh` and `qr` answer all λ from one factorisation; `cholesky` and `row_space` build
+    their matrix once and factorise it for each.
+
+    Args:
+        inner: `precondition(solver, damping)` or a wrapper around it; the rule of its damping says what D is, its λ is
+            not used.
+        dampings: the λ ≥ 0, dimensionless for relative damping; None for every half decade from 10 down to the
+            precision of the parameters.
+        learning_rate: > 0.
+        chunk_size: steps that are tried at a time; None for all at once, which takes the memory of as many evaluations
+            of the loss.
+
+    `update` needs `value_fn`, and takes `value` and `grad` (see the module).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> loss = lambda x: jnp.sum(jnp.log(jnp.cosh(x)))  # where a step of Newton from 2 is 27 long
+        >>> tx = ng.transforms.damping_grid(ng.transforms.precondition(), [0.0, 1.0, 10.0])
+        >>> x = jnp.array([2.0])
+        >>> G = ng.operators.Diagonal(1 - jnp.tanh(x) ** 2)
+        >>> d, state = tx.update(jax.grad(loss)(x), tx.init(x), x, operator=G, value_fn=loss)
+        >>> float(state.damping), round(float(d[0]), 3)
+        (10.0, 1.24)
+    """
+    name = "damping_grid"
+    require_operator_argument(inner, name)
+    check_positive(learning_rate, "learning_rate", "step size")
+    if dampings is not None:
+        dampings = jnp.asarray(dampings)
+        if dampings.ndim != 1 or not dampings.size or surely(dampings, lambda x: not np.all(x >= 0)):
+            raise ValueError(f"dampings: expected a sequence of numbers λ ≥ 0, got {dampings}")
+
+    def grid(dtype: Any) -> Array:
+        if dampings is not None:
+            return jnp.asarray(dampings, dtype)
+        lowest = np.floor(2 * np.log10(float(jnp.finfo(dtype).eps))) / 2
+        return jnp.asarray(10 ** np.arange(1, lowest, -0.5), dtype)
+
+    def init_fn(params: PyTree) -> DampingGridState:
+        return DampingGridState(zero_of(params), Progress.none(params), inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: DampingGridState, params: PyTree | None = None, *, operator: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, DampingGridState]:  # fmt: skip
+        refuse_damping(name, extra_args)
+        objective = Objective.of(name, params, extra_args)
+
+        def tried(strength: Array) -> tuple[Array, PyTree, Any]:
+            given = extra_args | {"operator": operator, "damping": strength}
+            direction, inner_state = inner.update(updates, state.inner, params, **given)
+            step = scaled(direction, learning_rate)
+            return objective.after(step), step, inner_state
+
+        strengths = grid(state.damping.dtype)
+        values, steps, states = jax.lax.map(tried, strengths, batch_size=chunk_size or strengths.size)
+        best, lower = _best(values, objective.value)
+        step, reached = jax.tree.map(lambda x: x[best], (steps, states))
+        g = gradient_of(updates, extra_args)
+        predicted = predicted_decrease(operator, g, step)
+        actual = jnp.where(lower, objective.value - values[best], 0)
+        progress = state.progress.after(predicted, actual, 0.5 * _tree.vdot(g, step), objective.noise)
+        moved = _tree.largest(steps) > 0
+        return where(lower, step, jax.tree.map(jnp.zeros_like, step)), DampingGridState(
+            strengths[best], progress, where(lower | ~moved, reached, state.inner)
+        )
+
+    return wrap(inner, init_fn, update_fn)
+
+
+def _best(values: Array, now: Array) -> tuple[Array, Array]:
+    """The place of the lowest value, and whether that is lower than `now`."""
+    finite = jnp.where(jnp.isfinite(values), values, jnp.inf)
+    best = jnp.argmin(finite)
+    return best, finite[best] < now
+
+
+def grid_search(
+    inner: Transformation, steps: Sequence[float] | Array | None = None, *, chunk_size: int | None = None
+) -> Transformation:
+    """The best by the loss itself of several lengths of the inner direction, 0 among them.
+
+    Args:
+        inner: takes `operator`.
+        steps: the factors tried; None for 1, ½, ¼, …, 2⁻³⁰.
+        chunk_size: of them at a time; None for all at once.
+
+    `update` needs `value_fn`, and takes `value` and `grad` (see the module). A value that is not finite is never the
+    best.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> loss = lambda x: jnp.sum(jnp.log(jnp.cosh(x)))
+        >>> tx = ng.transforms.grid_search(ng.transforms.precondition())
+        >>> x = jnp.array([2.0])
+        >>> G = ng.operators.Diagonal(1 - jnp.tanh(x) ** 2)
+        >>> d, state = tx.update(jax.grad(loss)(x), tx.init(x), x, operator=G, value_fn=loss)
+        >>> float(state.step_size), round(float(d[0]), 3)
+        (0.125, 1.706)
+    """
+    name = "grid_search"
+    require_operator_argument(inner, name)
+    factors: Any = np.exp2(-np.arange(31.0)) if steps is None else steps
+    if np.ndim(factors) != 1 or not np.size(factors) or surely(factors, lambda x: not np.all(x > 0)):
+        raise ValueError(f"steps: expected a sequence of numbers > 0, got {factors}; 0 is always among them")
+
+    def search(objective: Objective, direction: PyTree, slope: Array) -> tuple[Array, Array]:
+        del slope
+        sizes = jnp.asarray(factors, objective.value.dtype)
+        after = lambda size: objective.after(scaled(direction, size))  # noqa: E731
+        values = jax.lax.map(after, sizes, batch_size=chunk_size or sizes.size)
+        best, lower = _best(values, objective.value)
+        return jnp.where(lower, sizes[best], 0), jnp.where(lower, values[best], objective.value)
+
+    return _search_of_length(name, inner, search)
+
+
+def backtracking(
+    inner: Transformation, learning_rate: Number = 1.0, *, shrink: float = 0.5, decrease: float = 1e-4,
+    max_steps: int = 30,
+) -> Transformation:  # fmt: skip
+    """The first of the lengths 1, ½, ¼, … of the inner direction at which the loss falls enough (Armijo).
+
+        L(θ − ηd) ≤ L(θ) − decrease · η gᵀd,    η = learning_rate · shrinkᵏ
+
+    Args:
+        inner: takes `operator`.
+        learning_rate: the first length, > 0.
+        shrink: between 0 and 1.
+        decrease: the part of the slope that the loss has to fall by, between 0 and 1.
+        max_steps: lengths tried; after them no step is taken.
+
+    `update` needs `value_fn`, and takes `value` and `grad` (see the module). Under `vmap` all problems wait for the one
+    that takes longest; `grid_search` tries all lengths at once.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> loss = lambda x: jnp.sum(jnp.log(jnp.cosh(x)))
+        >>> tx = ng.transforms.backtracking(ng.transforms.precondition())
+        >>> x = jnp.array([2.0])
+        >>> G = ng.operators.Diagonal(1 - jnp.tanh(x) ** 2)
+        >>> d, state = tx.update(jax.grad(loss)(x), tx.init(x), x, operator=G, value_fn=loss)
+        >>> float(state.step_size)
+        0.25
+
+    Reference: Nocedal, Wright, "Numerical optimization" (2006), algorithm 3.1.
+    """
+    name = "backtracking"
+    require_operator_argument(inner, name)
+    check_positive(learning_rate, "learning_rate", "step size")
+    for what, x in (("shrink", shrink), ("decrease", decrease)):
+        if not 0 < x < 1:
+            raise ValueError(f"{what}: expected a number between 0 and 1, got {x}")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps: expected a number of values ≥ 1, got {max_steps!r}")
+
+    def search(objective: Objective, direction: PyTree, slope: Array) -> tuple[Array, Array]:
+        def unfinished(state: tuple[Array, Array, Array]) -> Array:
+            k, size, value = state
+            enough = value <= objective.value - decrease * size * slope
+            return (k < max_steps) & ~(enough & jnp.isfinite(value))
+
+        def shorter(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            k, size, _ = state
+            return k + 1, shrink * size, objective.after(scaled(direction, shrink * size))
+
+        size = jnp.asarray(learning_rate, objective.value.dtype)
+        start = jnp.zeros((), jnp.int32), size, objective.after(scaled(direction, size))
+        found = jax.lax.while_loop(unfinished, shorter, start)
+        failed = unfinished((jnp.zeros((), jnp.int32), *found[1:]))
+        return jnp.where(failed, 0, found[1]), jnp.where(failed, objective.value, found[2])
+
+    return _search_of_length(name, inner, search)
+
+
+def _search_of_length(name: str, inner: Transformation, search: Callable[..., tuple[Array, Array]]) -> Transformation:
+    """search(objective, direction, gᵀd) -> (factor of the direction, loss there)."""
+
+    def init_fn(params: PyTree) -> StepSearchState:
+        return StepSearchState(zero_of(params), Progress.none(params), inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: StepSearchState, params: PyTree | None = None, *, operator: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, StepSearchState]:  # fmt: skip
+        objective = Objective.of(name, params, extra_args)
+        direction, reached = inner.update(updates, state.inner, params, operator=operator, **extra_args)
+        g = gradient_of(updates, extra_args)
+        slope = _tree.vdot(_tree.raised(g), _tree.raised(direction))
+        size, value = search(objective, direction, slope)
+        step = where(size > 0, scaled(direction, size), jax.tree.map(jnp.zeros_like, direction))
+        predicted = predicted_decrease(operator, g, step)
+        progress = state.progress.after(predicted, objective.value - value, 0.5 * slope, objective.noise)
+        taken = (size > 0) | ~(_tree.largest(direction) > 0)
+        return step, StepSearchState(size.astype(state.step_size.dtype), progress, where(taken, reached, state.inner))
+
+    return wrap(inner, init_fn, update_fn)
+
+
+class QuadraticStepState(NamedTuple):
+    """State of `quadratic_step`.
+
+    Attributes:
+        step: the last one.
+        learning_rate: α of the last step.
+        momentum: μ of the last step.
+        predicted: the decrease of the loss by the quadratic model.
+        inner: state of the inner transformation.
+    """
+
+    step: PyTree
+    learning_rate: Array
+    momentum: Array
+    predicted: Array
+    inner: Any
+
+
+def quadratic_step(
+    inner: Transformation, metric: Any = None, *, damping: Any = None, learning_rate: Number = 1.0
+) -> Transformation:
+    """Learning rate and momentum from the quadratic model: the best combination of the direction and of the last step.
+
+        (α, μ) = argmax gᵀs − ½sᵀ(G + λD)s,    s = α d + μ s₋₁
+
+    Two products with G and a 2 × 2 system. Its use is a cheap direction, from a diagonal or Kronecker-factored
+    `inner`, whose length only exact products know. From the same G with the same damping it would find α = 1 and μ = 0,
+    what d minimises already; from G without damping it takes back along d what the damping has shortened.
+
+    Args:
+        inner: takes `operator`.
+        metric: metric(params, **data) -> the operator G of the model, such as `gauss_newton(..., matrix_free=True)`;
+            None for the one that `inner` solves.
+        damping: a number (relative) or a rule of `damping` for the model; None for none.
+        learning_rate: multiplies s, > 0.
+
+    No value of the loss is needed, but the last step is taken for granted: only `optax.scale(-1.0)` may follow.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+        >>> exact = lambda params: ng.operators.Dense(G)
+        >>> tx = ng.transforms.quadratic_step(ng.transforms.precondition(), exact)
+        >>> x, state = jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2))
+        >>> for _ in range(2):  # conjugate gradients: as many steps as dimensions
+        ...     s, state = tx.update(G @ x, state, x, operator=ng.operators.Diagonal(jnp.array([2.0, 3.0])))
+        ...     x = x - s
+        >>> bool(jnp.all(jnp.abs(x) < 1e-6))
+        True
+
+    Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
+    section 7.
+    """
+    require_operator_argument(inner, "quadratic_step")
+    check_positive(learning_rate, "learning_rate", "step size")
+    source = None if metric is None else of_metric(metric)
+    rule = damping_rules.as_rule(damping)
+
+    def init_fn(params: PyTree) -> QuadraticStepState:
+        zero = zero_of(params)
+        return QuadraticStepState(jax.tree.map(jnp.zeros_like, params), zero, zero, zero, inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: QuadraticStepState, params: PyTree | None = None, *, operator: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, QuadraticStepState]:  # fmt: skip
+        direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
+        model = operator if source is None else source.at((), updates, params, extra_args)[0]
+        g = _tree.raised(gradient_of(updates, extra_args))
+        basis = jax.tree.map(lambda d, s: jnp.stack([d, s]), _tree.raised(direction), _tree.raised(state.step))
+        resolved = damping_rules.at(rule, params, extra_args.get("full_params"))
+        strength = None if resolved is None else extra_args.get("damping")
+        products = jax.vmap(solvers.damped_product(model, resolved, strength))(basis)
+        dots = jax.vmap(_tree.vdot, (0, None))
+        slopes = dots(basis, g)
+        matrix = jax.vmap(lambda gv: dots(basis, gv))(products)
+        # A direction that is zero is a dead coordinate, and two that are parallel share the step.
+        best = solvers.solve(Dense((matrix + matrix.T) / 2), slopes, solver=solvers.eigh())
+        fine = best.converged & all_finite(basis) & all_finite(slopes)
+        weights = jnp.where(fine, best.value * learning_rate, 0)
+        step = jax.tree.map(lambda x, d: jnp.tensordot(weights.astype(x.dtype), x, 1).astype(d.dtype), basis, direction)
+        predicted = weights @ slopes - 0.5 * weights @ (matrix @ weights)
+        return step, QuadraticStepState(
+            step=where(fine, step, state.step),
+            learning_rate=weights[0].astype(state.learning_rate.dtype),
+            momentum=weights[1].astype(state.momentum.dtype),
+            predicted=jnp.where(fine, predicted, 0).astype(state.predicted.dtype),
+            inner=inner_state,
+        )
+
+    return wrap(inner, init_fn, update_fn)
