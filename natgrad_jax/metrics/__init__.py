@@ -6,6 +6,7 @@
     quantum_geometric, wasserstein_1d                wave functions, distributions whose support moves
     energy, sobolev                                  fields u_θ(x)
     scales, relative, quasi_diagonal                 by formula
+    one_pass, score_function, variational_energy     value and gradient of an objective together with its metric
 
 Nearly all are pullbacks G = JᵀHJ, kept as rows H^½J (a `Gram`); `chunk_size` makes the matrix in bounded memory, and
 `matrix_free` leaves products alone. A metric's keyword-only parameters name the data that it needs; `update` of the
@@ -25,9 +26,11 @@ from natgrad_jax.metrics.fisher import (
     monte_carlo_fisher,
 )
 from natgrad_jax.metrics.models import gauss_newton, least_squares, pullback, value_and_grad
+from natgrad_jax.metrics.objectives import Evaluation, one_pass, score_function, variational_energy
 from natgrad_jax.metrics.shared import Metric, check_log_prob, check_weights
 
 __all__ = [
+    "Evaluation",
     "FisherReport",
     "LogProb",
     "Metric",
@@ -44,12 +47,15 @@ __all__ = [
     "least_squares",
     "losses",
     "monte_carlo_fisher",
+    "one_pass",
     "pullback",
     "quantum_geometric",
     "quasi_diagonal",
     "relative",
     "scales",
+    "score_function",
     "sobolev",
     "value_and_grad",
+    "variational_energy",
     "wasserstein_1d",
 ]

@@ -84,7 +84,7 @@ def quantum_geometric(
     def quantum_geometric(params: PyTree, *, samples: PyTree, weights: Array | None = None) -> Operator:
         n, space = leading_axis(samples, "samples"), Space.of(params)
         out = _check_amplitude(log_psi, params, samples, holomorphic)
-        roots = _sample_roots(weights, n, _tree.real_dtype(space.dtype))
+        roots = sample_roots(weights, n, _tree.real_dtype(space.dtype))
         if holomorphic:
             return pulled_back(log_psi, params, samples, roots, form, centre=0)
         pair = is_complex(out.dtype)
@@ -139,7 +139,7 @@ def _check_amplitude(log_psi: Callable[..., Array], params: PyTree, samples: PyT
     return out
 
 
-def _sample_roots(weights: Array | None, n: int, dtype: Any) -> Array:
+def sample_roots(weights: Array | None, n: int, dtype: Any) -> Array:
     """√w, (n,), for weights that are made to sum to one; 1/n when left out."""
     if weights is None:
         return jnp.full(n, n**-0.5, dtype)
