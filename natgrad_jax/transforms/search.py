@@ -21,6 +21,8 @@ from natgrad_jax.operators import Dense, Operator
 from natgrad_jax.transforms.core import Transformation, of_metric, require_operator_argument, scaled, wrap
 from natgrad_jax.transforms.shared import check_positive, data_for, gradient_of, merged, zero_of
 
+Numbers = Sequence[float] | Array | np.ndarray
+
 IDLE = 10  # steps in a row without progress that make a stall
 PROGRESS = 1e-3  # of the decrease that the model promises, below which there is none
 ROUNDINGS = 8  # in the difference of two values of the loss
@@ -91,10 +93,11 @@ class Objective(NamedTuple):
         # What optax.apply_updates will make of −s.
         return cls(value, lambda step: loss(cast_like(jax.tree.map(jnp.subtract, params, step), params)))
 
-    @property
-    def noise(self) -> Array:
-        """A decrease that is all rounding."""
-        return ROUNDINGS * jnp.finfo(self.value.dtype).eps * jnp.abs(self.value)
+    def noise(self, operator: Operator, params: PyTree) -> Array:
+        """A decrease that is all rounding: of L, and of the residuals r in it, ‖δr‖ ≈ eps ‖θ‖_G where L is ½‖r‖²."""
+        size = jnp.abs(self.value)
+        inside = jnp.sqrt(2 * size) * operator.norm(params).astype(size.dtype)
+        return ROUNDINGS * jnp.finfo(self.value.dtype).eps * (size + inside)
 
 
 def predicted_decrease(operator: Operator, g: PyTree, step: PyTree) -> Array:
@@ -132,7 +135,8 @@ def levenberg_marquardt(
 
     The model is that of the undamped G: on a quadratic with Hessian G the ratio is 1 whatever λ. A step is taken if the
     ratio exceeds `accept`; then λ ← λ·max(⅓, 1 − (2·ratio − 1)³), else λ grows by 2, 4, 8, … until one is. Where the
-    predicted decrease is below the rounding of L, a step is taken if L does not rise, and λ stays.
+    predicted decrease is below the rounding of L, a step is taken if L does not rise, and λ stays, or returns to where
+    it began.
 
     Args:
         inner: `precondition(solver, damping)` or a wrapper around it; the rule of its damping says what D is, its λ is
@@ -186,26 +190,29 @@ def levenberg_marquardt(
         trial = objective.after(step)
         predicted = predicted_decrease(operator, g, step)
         actual = objective.value - trial
-        settled = (predicted <= objective.noise) & (jnp.abs(actual) <= objective.noise)
+        noise = objective.noise(operator, params)
+        settled = (predicted <= noise) & (jnp.abs(actual) <= noise)
         known = jnp.isfinite(trial) & jnp.isfinite(predicted) & (predicted > 0)
         ratio = jnp.where(known, actual / jnp.where(known, predicted, 1), 0)
-        ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)
+        # Two numbers that are rounding have no ratio.
+        ratio = jnp.where(settled, 1, jnp.where(jnp.isfinite(ratio), ratio, 0))
         moved = _tree.largest(step) > 0
         taken = moved & jnp.where(settled, trial <= objective.value, known & (ratio > accept))
         # Neither a point of rest nor a bad batch says anything about the model.
         silent = (_tree.largest(updates) == 0) | ~all_finite(updates) | ~jnp.isfinite(objective.value)
-        keep = settled | silent
+        start = jnp.asarray(damping, state.damping.dtype)
+        # A λ that has run up is let down again, but no further: without damping null directions would be walked along.
+        rest = jnp.where(state.damping > start, jnp.maximum(state.damping / 3, start), state.damping)
         shrunk = state.damping * jnp.maximum(1 / 3, 1 - (2 * ratio.astype(state.damping.dtype) - 1) ** 3)
         grown = state.damping * state.growth
         # Infinite damping could not come back.
         grown = jnp.where(jnp.isfinite(grown), grown, state.damping)
         shrunk = jnp.where(shrunk > 0, shrunk, state.damping)
-        progress = state.progress.after(
-            predicted, jnp.where(taken, actual, 0), 0.5 * _tree.vdot(g, step), objective.noise
-        )
+        gained, promised = jnp.where(taken, actual, 0), 0.5 * _tree.vdot(g, step)
+        progress = state.progress.after(predicted, gained, promised, noise)
         return where(taken, step, jax.tree.map(jnp.zeros_like, step)), LevenbergMarquardtState(
-            damping=jnp.where(keep, state.damping, jnp.where(taken, shrunk, grown)),
-            growth=jnp.where(keep, state.growth, jnp.where(taken, 2, 2 * state.growth)),
+            damping=jnp.where(silent, state.damping, jnp.where(settled, rest, jnp.where(taken, shrunk, grown))),
+            growth=jnp.where(silent, state.growth, jnp.where(taken | settled, 2, 2 * state.growth)),
             rejected=state.rejected + (moved & ~taken).astype(jnp.int32),
             ratio=ratio.astype(state.ratio.dtype),
             progress=progress,
@@ -255,7 +262,7 @@ class StepSearchState(NamedTuple):
 
 def damping_grid(
     inner: Transformation,
-    dampings: Sequence[float] | Array | None = None,
+    dampings: Numbers | None = None,
     *,
     learning_rate: Number = 1.0,
     chunk_size: int | None = None,
@@ -271,8 +278,8 @@ def damping_grid(
     Args:
         inner: `precondition(solver, damping)` or a wrapper around it; the rule of its damping says what D is, its λ is
             not used.
-        dampings: the λ ≥ 0, dimensionless for relative damping; None for every half decade from 10 down to the
-            precision of the parameters.
+        dampings: the λ ≥ 0, dimensionless for relative damping; None for every half decade from 10⁴ down to
+            the precision of the parameters.
         learning_rate: > 0.
         chunk_size: steps that are tried at a time; None for all at once, which takes the memory of as many evaluations
             of the loss.
@@ -302,7 +309,7 @@ def damping_grid(
         if dampings is not None:
             return jnp.asarray(dampings, dtype)
         lowest = np.floor(2 * np.log10(float(jnp.finfo(dtype).eps))) / 2
-        return jnp.asarray(10 ** np.arange(1, lowest, -0.5), dtype)
+        return jnp.asarray(10 ** np.arange(4, lowest, -0.5), dtype)
 
     def init_fn(params: PyTree) -> DampingGridState:
         return DampingGridState(zero_of(params), Progress.none(params), inner.init(params))
@@ -327,7 +334,8 @@ def damping_grid(
         g = gradient_of(updates, extra_args)
         predicted = predicted_decrease(operator, g, step)
         actual = jnp.where(lower, objective.value - values[best], 0)
-        progress = state.progress.after(predicted, actual, 0.5 * _tree.vdot(g, step), objective.noise)
+        noise = objective.noise(operator, params)
+        progress = state.progress.after(predicted, actual, 0.5 * _tree.vdot(g, step), noise)
         moved = _tree.largest(steps) > 0
         return where(lower, step, jax.tree.map(jnp.zeros_like, step)), DampingGridState(
             strengths[best], progress, where(lower | ~moved, reached, state.inner)
@@ -344,7 +352,7 @@ def _best(values: Array, now: Array) -> tuple[Array, Array]:
 
 
 def grid_search(
-    inner: Transformation, steps: Sequence[float] | Array | None = None, *, chunk_size: int | None = None
+    inner: Transformation, steps: Numbers | None = None, *, chunk_size: int | None = None
 ) -> Transformation:
     """The best by the loss itself of several lengths of the inner direction, 0 among them.
 
@@ -460,7 +468,8 @@ def _search_of_length(name: str, inner: Transformation, search: Callable[..., tu
         size, value = search(objective, direction, slope)
         step = where(size > 0, scaled(direction, size), jax.tree.map(jnp.zeros_like, direction))
         predicted = predicted_decrease(operator, g, step)
-        progress = state.progress.after(predicted, objective.value - value, 0.5 * slope, objective.noise)
+        noise = objective.noise(operator, params)
+        progress = state.progress.after(predicted, objective.value - value, 0.5 * slope, noise)
         taken = (size > 0) | ~(_tree.largest(direction) > 0)
         return step, StepSearchState(size.astype(state.step_size.dtype), progress, where(taken, reached, state.inner))
 
