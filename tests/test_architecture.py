@@ -108,6 +108,10 @@ def test_the_promised_names_exist():
         solvers.cholesky solvers.eigh solvers.qr solvers.row_space solvers.cg solvers.diagonal solvers.kronecker
         solvers.auto solvers.solve families.gaussian_full_rank families.gaussian_mean_field families.bernoulli
         transforms.with_metric transforms.precondition transforms.trust_region transforms.retract
+        transforms.normalise transforms.levenberg_marquardt transforms.quadratic_step transforms.damping_grid
+        transforms.grid_search transforms.backtracking transforms.spring transforms.heavy_ball transforms.geodesic
+        transforms.average transforms.every_k transforms.accumulate transforms.summary
+        metrics.one_pass metrics.score_function metrics.variational_energy
         inference.exact_kl inference.elbo damping.relative damping.absolute damping.trace
         damping.layered damping.metric"""
     for name in promised.split():

@@ -39,38 +39,47 @@ class Source(NamedTuple):
     at: Callable[..., tuple[Operator, Any]]
 
 
-class Outer(optax.GradientTransformationExtraArgs):
-    """A transformation that evaluates a metric: `source` says how, `inner` is what it hands the operator to."""
+class Driven(NamedTuple):
+    """What a transformation that evaluates a metric is made of.
+
+    Attributes:
+        source: how the operator is evaluated.
+        inner: what it is handed to.
+    """
 
     source: Source
     inner: Transformation
 
-    def __new__(cls, init: Any, update: Any, source: Source, inner: Transformation) -> "Outer":
-        """init, update, and the two of them."""
-        self = super().__new__(cls, init, update)
-        self.source, self.inner = source, inner
-        return self
+
+def driving(init: Any, update: Any, source: Source, inner: Transformation) -> Transformation:
+    """A transformation that evaluates a metric, and can be asked how (`driven`)."""
+    # On the function, since a transformation may be taken apart and put together again (flax.nnx does).
+    update.driven = Driven(source, inner)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Inner(optax.GradientTransformationExtraArgs):
-    """A transformation that takes `operator=`: `factor(operator, params, full_params)` is what it does to it first.
+def driven(tx: Any) -> Driven | None:
+    """How a transformation evaluates its metric; None for one that does not."""
+    return getattr(getattr(tx, "update", None), "driven", None)
+
+
+def factoring(init: Any, update: Any, factor: Callable[..., Any] | None) -> Transformation:
+    """A transformation that takes `operator=`, and what it does to it first: factor(operator, params, full_params).
 
     `update` takes the result as `factored=` in place of doing it again.
     """
-
-    factor: Callable[..., Any]
-
-    def __new__(cls, init: Any, update: Any, factor: Callable[..., Any]) -> "Inner":
-        """init, update, and the factorisation."""
-        self = super().__new__(cls, init, update)
-        self.factor = factor
-        return self
+    update.factor = factor
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def wrap(inner: Any, init: Any, update: Any) -> Transformation:
+def factor_of(inner: Transformation) -> Callable[..., Any] | None:
+    """What `inner` does to an operator first; None where it is of somebody else's making, and unknown."""
+    return getattr(inner.update, "factor", None)
+
+
+def wrap(inner: Transformation, init: Any, update: Any) -> Transformation:
     """A wrapper around `inner`, which factorises as `inner` does."""
-    factor = getattr(inner, "factor", None)
-    return optax.GradientTransformationExtraArgs(init, update) if factor is None else Inner(init, update, factor)
+    return factoring(init, update, factor_of(inner))
 
 
 class PreconditionState(NamedTuple):
@@ -185,7 +194,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
             direction=where(fine, cast_like(value, state.direction), state.direction) if warm else None,
         )
 
-    return Inner(init_fn, update_fn, factor)
+    return factoring(init_fn, update_fn, factor)
 
 
 def dual_norm(g: PyTree, d: PyTree) -> Array:
@@ -232,7 +241,7 @@ def with_metric(metric: Metric | None, inner: Transformation) -> Transformation:
         operator, _ = source.at((), updates, params, extra_args)
         return hand_to(inner, operator, updates, state, params, extra_args)
 
-    return Outer(inner.init, update_fn, source, inner)
+    return driving(inner.init, update_fn, source, inner)
 
 
 def hand_to(

@@ -11,7 +11,7 @@ from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, cast_like, where
 from natgrad_jax.damping import Number
 from natgrad_jax.operators import Operator
-from natgrad_jax.transforms.core import Transformation, require_operator_argument, scaled, wrap
+from natgrad_jax.transforms.core import Transformation, factor_of, require_operator_argument, scaled, wrap
 from natgrad_jax.transforms.shared import check_decay, check_positive, data_for, merged, not_taken, zero_of
 
 
@@ -220,7 +220,7 @@ def geodesic(
     ) -> tuple[PyTree, GeodesicState]:
         if params is None:
             raise ValueError("params: geodesic differentiates f there; call update(grads, state, params)")
-        factor = getattr(inner, "factor", None)
+        factor = factor_of(inner)
         given = extra_args | {"operator": operator}
         if factor is not None and given.get("factored") is None:
             given["factored"] = factor(operator, params, extra_args.get("full_params"))

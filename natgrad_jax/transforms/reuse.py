@@ -11,7 +11,7 @@ from jax import Array
 
 from natgrad_jax._tree import PyTree, all_finite, cast_like, where
 from natgrad_jax.operators import Blocks, Dense, Diagonal, Kronecker, Operator, RealParts
-from natgrad_jax.transforms.core import Outer, Source, Transformation, hand_to
+from natgrad_jax.transforms.core import Source, Transformation, driven, driving, factor_of, hand_to
 from natgrad_jax.transforms.shared import check_count, check_decay
 
 
@@ -136,7 +136,7 @@ def every_k(inner: Transformation, k: int, *, like: dict[str, Any] | None = None
     """
     source, handed = _driven(inner, "every_k")
     check_count(k, "k", "steps")
-    factor = getattr(handed, "factor", None)
+    factor = factor_of(handed)
 
     def evaluated(state: Any, updates: PyTree, params: PyTree | None, data: dict[str, Any]) -> tuple[Kept, Any]:
         operator, state = source.at(state, updates, params, data)
@@ -233,7 +233,7 @@ def average(inner: Transformation, decay: float = 0.95, *, like: dict[str, Any] 
         direction, inner_state = hand_to(handed, operator, updates, state.inner, params, extra_args)
         return direction, AverageState(*own, inner_state)
 
-    return Outer(init_fn, update_fn, Source(init_at, at), handed)
+    return driving(init_fn, update_fn, Source(init_at, at), handed)
 
 
 def accumulate(inner: Transformation, k: int) -> Transformation:
@@ -296,12 +296,13 @@ def _if_due(due: Array, act: Callable[[Any], Any], kept: Any) -> Any:
 
 def _driven(inner: Transformation, name: str) -> tuple[Source, Transformation]:
     """What evaluates the operator, and what it is handed to."""
-    if not isinstance(inner, Outer):
+    found = driven(inner)
+    if found is None:
         raise TypeError(
             f"inner: {name} expected what evaluates a metric, scale_by_metric(...), natural_gradient(...) or "
             f"with_metric(...), got {type(inner).__name__}. Put it around that, and chain afterwards."
         )
-    return inner.source, inner.inner
+    return found
 
 
 def _zeros_of(evaluated: Callable[[dict[str, Any]], Any], like: dict[str, Any] | None, name: str) -> Any:
