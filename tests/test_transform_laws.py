@@ -196,6 +196,98 @@ def test_half_precision_goes_in_and_comes_out(name, kind):
     assert np.isfinite(flat(updates)).all()
 
 
+SCALED = [
+    "natural_gradient", "heavy_ball", "spring", "geodesic", "levenberg_marquardt", "quadratic_step", "damping_grid",
+    "grid_search", "backtracking", "every_k",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("c", [1e-18, 1e18])
+@pytest.mark.parametrize("name", SCALED)
+def test_the_scale_of_the_loss_changes_nothing(name, c):
+    """c·L and c·G in float32, whose squares would leave the floats."""
+    params, batch = data(np.dtype("float32"))
+    steps = []
+    for factor in (1.0, c):
+        value_fn = lambda params, batch, weights: weights * loss(params, batch)
+        weights = jnp.float32(factor)
+        tx = RULES[name].build({"batch": batch, "weights": weights})
+        given = {"batch": batch, "weights": weights}
+        g = jax.grad(value_fn)(params, **given)
+        steps.append(jax.jit(lambda g, s: tx.update(g, s, params, value_fn=value_fn, **given))(g, tx.init(params))[0])  # noqa: B023
+    assert error(steps[1], steps[0]) < 1e-4
+
+
+@pytest.mark.parametrize("tree", [{}, {"a": None, "b": 1.5}, 2.0, [[1.0]]], ids=str)
+@pytest.mark.parametrize("name", ["heavy_ball", "spring", "geodesic", "levenberg_marquardt", "quadratic_step",
+                                  "damping_grid", "grid_search", "backtracking", "normalise"])  # fmt: skip
+def test_small_trees(name, tree):
+    """L = 2‖θ‖² and its Hessian: all of them go to the minimum, or half of the way, or a unit of length."""
+    theta = jax.tree.map(jnp.asarray, tree)
+    f = lambda p: jax.tree.map(lambda x: 2 * x, p)
+    value_fn = lambda p: 0.5 * sum((jnp.sum(x**2) for x in jax.tree.leaves(f(p))), start=jnp.zeros(()))
+    options = {"geodesic": (f,), "levenberg_marquardt": (1e-6,)}.get(name, ())
+    rule = getattr(transforms, name)(transforms.precondition(), *options)
+    tx = descending(rule, ng.metrics.scales(0.5))
+    updates, _ = tx.update(jax.grad(value_fn)(theta), tx.init(theta), theta, value_fn=value_fn)
+    assert jax.tree.structure(updates) == jax.tree.structure(theta)
+    expected = -flat(theta) / (2 * np.linalg.norm(flat(theta)) if name == "normalise" and flat(theta).size else 1)
+    np.testing.assert_allclose(flat(updates), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["trust_region", "geodesic", "levenberg_marquardt", "spring", "every_k", "average", "accumulate"]
+)
+def test_derivatives_pass_through_a_path(name, float64):
+    """Reverse mode through three steps, against a finite difference: what hyperparameters are learnt by."""
+    params, batch = data(float64)
+    tx = RULES[name].build({"batch": batch})
+
+    @jax.jit
+    def last(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, batch), state, params, batch=batch, value_fn=loss)
+            return (optax.apply_updates(params, updates), state), None
+
+        return loss(jax.lax.scan(step, (params, tx.init(params)), None, length=3)[0][0], batch)
+
+    moved = lambda h: jax.tree.map(lambda x: x + h, params)
+    slope = sum(jnp.sum(x) for x in jax.tree.leaves(jax.grad(last)(params)))
+    np.testing.assert_allclose(slope, (last(moved(1e-6)) - last(moved(-1e-6))) / 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["natural_gradient", "every_k", "spring", "heavy_ball", "quadratic_step", "normalise",
+                                  "levenberg_marquardt", "damping_grid"])  # fmt: skip
+def test_complex_parameters(name, float64):
+    """A real metric of complex parameters: the step is that of their real and imaginary parts."""
+    rng = np.random.default_rng(2)
+    samples = jnp.asarray(rng.choice([-1.0, 1.0], (16, 3)))
+    parts = jnp.asarray(rng.normal(size=(2, 3)))
+    log_psi = lambda p, s: jax.lax.complex(jnp.log(jnp.cosh(p[0] @ s)), jnp.sum(jnp.sin(p[1] * s)) + p[0, 0] * p[1, 2])
+    of_complex = lambda w, s: log_psi(jnp.stack([jnp.real(w), jnp.imag(w)]), s)
+    value_fn = lambda p: jnp.sum(jnp.cos(p[0]) + p[1] ** 2)
+    of_complex_value = lambda w: value_fn(jnp.stack([jnp.real(w), jnp.imag(w)]))
+
+    def steps(psi, value_fn, params, convention):
+        metric, inner = ng.metrics.quantum_geometric(psi), transforms.precondition(damping=0.1)
+        natural = transforms.with_metric(metric, transforms.scale_step(inner, -0.5))
+        tx = {
+            "natural_gradient": natural, "every_k": transforms.every_k(natural, 2, like={"samples": samples})
+        }.get(name)  # fmt: skip
+        tx = tx or descending(getattr(transforms, name)(inner), metric)
+        state, g = tx.init(params), lambda p: convention(jax.grad(value_fn)(p))
+        update = jax.jit(lambda p, s: tx.update(g(p), s, p, samples=samples, value_fn=value_fn))
+        for _ in range(3):
+            updates, state = update(params, state)
+            params = params + updates
+        return np.asarray(params)
+
+    expected = steps(log_psi, value_fn, parts, lambda g: g)
+    got = steps(of_complex, of_complex_value, jax.lax.complex(parts[0], parts[1]), jnp.conj)
+    np.testing.assert_allclose(got, expected[0] + 1j * expected[1], rtol=1e-9)
+
+
 def test_eager_is_jit(dtype):
     """For pieces that touch every line; the others are built of these."""
     for name in ("trust_region", "levenberg_marquardt", "every_k"):

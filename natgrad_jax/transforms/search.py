@@ -544,6 +544,8 @@ def quadratic_step(
         **extra_args: Any,
     ) -> tuple[PyTree, QuadraticStepState]:  # fmt: skip
         direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
+        if not jax.tree.leaves(updates):
+            return direction, state._replace(inner=inner_state)
         model = operator if source is None else source.at((), updates, params, extra_args)[0]
         g = _tree.raised(gradient_of(updates, extra_args))
         basis = jax.tree.map(lambda d, s: jnp.stack([d, s]), _tree.raised(direction), _tree.raised(state.step))
