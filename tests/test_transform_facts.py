@@ -121,6 +121,28 @@ def test_levenberg_marquardt_rests_at_the_minimum_of_a_loss_that_is_not_zero():
     assert 1e-8 < float(states[-1].damping) < 1 and not bool(states[-1].progress.stalled)
 
 
+def test_the_rounding_of_small_residuals_of_large_outputs_is_no_failure_of_the_model(float64):
+    """L = ½ mean r² of 1e-6 is known to 1e-18, not to eps·L = 1e-22: λ would run away at the minimum."""
+    x = jnp.linspace(-1, 1, 50)
+    target = jnp.sin(2 * x) + 1e-3 * jnp.cos(40 * x)
+    f = lambda p: (p[0] * jnp.sin(p[1] * x) + p[2] - target) / 50**0.5
+    value_fn = lambda p: 0.5 * jnp.sum(f(p) ** 2)
+    tx = transforms.levenberg_marquardt(precondition(), 1e-2)
+    _, states = run(tx, jnp.array([0.8, 1.7, 0.1]), 120, value_fn, metrics.pullback(f))
+    assert max(float(s.damping) for s in states[20:]) < 1e-2
+    assert not bool(states[-1].progress.stalled)
+
+
+def test_a_damping_that_has_run_up_is_let_down_again_at_the_minimum(dtype):
+    tx, x = transforms.levenberg_marquardt(precondition(), 0.5), jnp.asarray([1e-9], dtype)
+    value_fn = lambda x: 1 + log_cosh(x)
+    state = tx.init(x)._replace(damping=jnp.asarray(40.0, dtype))
+    for expected in (40 / 3, 40 / 9, 40 / 27, 0.5, 0.5):
+        g = jax.grad(value_fn)(x)
+        _, state = tx.update(g, state, x, operator=curvature(x), value_fn=value_fn)
+        np.testing.assert_allclose(float(state.damping), expected, rtol=1e-5)
+
+
 def test_what_a_rejected_step_left_behind_is_forgotten(float64):
     inner = transforms.heavy_ball(precondition(), 0.5)
     tx = transforms.levenberg_marquardt(inner, 1e-3)
@@ -184,6 +206,19 @@ def test_grid_search_and_backtracking_are_safe_where_the_loss_is_not_finite(floa
         np.testing.assert_allclose(float(states[0].step_size), size)
         np.testing.assert_allclose(float(path[1][0]), 3 - 6 * size)
         np.testing.assert_allclose(float(path[-1][0]), 1.0, rtol=1e-9)
+
+
+def test_a_loss_of_minus_infinity_is_no_descent(float64):
+    """Beyond 0, where Newton's step from 3 leads, log x has been continued wrongly."""
+    value_fn = lambda x: jnp.sum(jnp.where(x > 0, x - jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf))
+    x, op = jnp.asarray([3.0]), operators.Diagonal(jnp.asarray([1 / 9.0]))
+    grid = [1.0, 0.25]
+    for rule in (
+        transforms.grid_search(precondition(), grid), transforms.backtracking(precondition()),
+        transforms.levenberg_marquardt(precondition(), 1e-3), transforms.damping_grid(precondition(), [0.0, 4.0]),
+    ):  # fmt: skip
+        d, _ = rule.update(jnp.asarray([2 / 3]), rule.init(x), x, operator=op, value_fn=value_fn)
+        assert np.isfinite(float(value_fn(x - d)))
 
 
 def test_the_value_and_the_gradient_of_the_loss_may_be_given(float64):
@@ -322,6 +357,23 @@ def test_a_residual_belongs_to_the_gradient_or_is_not_used(float64):
         d, state = tx.update(jnp.asarray(gradient), state, params, batch=batch)
     assert error(d, exact((other + g) / 2)) < 1e-5
     assert not bool(transforms.summary(state)["residual_used"])
+
+
+def test_what_stands_inside_is_handed_operator_and_residual(float64):
+    """A piece of somebody else's making reads them, and may use no other name of ours."""
+    seen = {}
+
+    def update(updates, state, params=None, *, operator, residual=None, **extra_args):
+        seen.update(extra_args, operator=operator, residual=residual)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    params, batch = data(float64)
+    tx = transforms.every_k(with_metric(METRIC, transforms.trust_region(inner, 1e3)), 2, like={"batch": batch})
+    tx.update(params, tx.init(params), params, batch=batch)
+    assert seen["batch"] is batch and "factored" not in seen
+    np.testing.assert_allclose(seen["residual"], METRIC(params, batch=batch).residual, rtol=1e-12)
+    np.testing.assert_allclose(seen["operator"].dense(), METRIC(params, batch=batch).dense(), rtol=1e-12)
 
 
 # Geodesics.
@@ -532,6 +584,7 @@ def _update(rule, metric=IDENTITY, **given):
 
 
 _lm = transforms.levenberg_marquardt(precondition())
+_pair = {"a": jnp.ones(2), "b": jnp.ones(2)}
 _value = {"value_fn": lambda x: jnp.sum(x**2)}
 _rows_of_two = transforms.every_k(
     ng.scale_by_metric(lambda p, *, batch: operators.Gram(batch)), 2, like={"batch": np.ones((4, 2), np.float32)}
@@ -586,6 +639,13 @@ MISTAKES = {
     "no operator": (
         lambda: ng.scale_by_metric(None).update(jnp.asarray(X), ng.scale_by_metric(None).init(X), X), TypeError,
         r"operator: without a metric.*operator=G\), got NoneType",
+    ),
+    "a loss of hidden parameters": (
+        lambda: optax.masked(with_metric(None, _lm), {"a": True, "b": False}).update(
+            _pair, optax.masked(_lm, {"a": True, "b": False}).init(_pair), _pair, operator=operators.Diagonal(_pair),
+            **_value,
+        ),
+        TypeError, "full_params: a part of the parameters is hidden.*the loss",
     ),
     "params of a rule": (
         lambda: transforms.grid_search(precondition()).update(

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, Space, surely
+from natgrad_jax._tree import PyTree, Space, surely, unmasked
 
 
 def zero_of(params: PyTree) -> Array:
@@ -39,6 +39,11 @@ def data_for(f: Callable[..., Any], extra_args: dict[str, Any]) -> dict[str, Any
 def merged(params: PyTree, full_params: PyTree | None) -> PyTree:
     """`params` with what optax.masked hides of them."""
     if full_params is None:
+        if not all(jax.tree.leaves(unmasked(params))):
+            raise TypeError(
+                "full_params: a part of the parameters is hidden (optax.masked, partition), and the loss is one of all "
+                "of them; call update(grads, state, params, full_params=params)"
+            )
         return params
     hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(lambda x, y: y if hidden(x) else x, params, full_params, is_leaf=hidden)
