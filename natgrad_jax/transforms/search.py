@@ -200,19 +200,12 @@ def levenberg_marquardt(
         taken = moved & jnp.where(settled, trial <= objective.value, known & (ratio > accept))
         # Neither a point of rest nor a bad batch says anything about the model.
         silent = (_tree.largest(updates) == 0) | ~all_finite(updates) | ~jnp.isfinite(objective.value)
-        start = jnp.asarray(damping, state.damping.dtype)
-        # A λ that has run up is let down again, but no further: without damping null directions would be walked along.
-        rest = jnp.where(state.damping > start, jnp.maximum(state.damping / 3, start), state.damping)
-        shrunk = state.damping * jnp.maximum(1 / 3, 1 - (2 * ratio.astype(state.damping.dtype) - 1) ** 3)
-        grown = state.damping * state.growth
-        # Infinite damping could not come back.
-        grown = jnp.where(jnp.isfinite(grown), grown, state.damping)
-        shrunk = jnp.where(shrunk > 0, shrunk, state.damping)
+        strength, growth = _next_damping(state, ratio, damping, taken, settled)
         gained, promised = jnp.where(taken, actual, 0), 0.5 * _tree.vdot(g, step)
         progress = state.progress.after(predicted, gained, promised, noise)
         return where(taken, step, jax.tree.map(jnp.zeros_like, step)), LevenbergMarquardtState(
-            damping=jnp.where(silent, state.damping, jnp.where(settled, rest, jnp.where(taken, shrunk, grown))),
-            growth=jnp.where(silent, state.growth, jnp.where(taken | settled, 2, 2 * state.growth)),
+            damping=jnp.where(silent, state.damping, strength),
+            growth=jnp.where(silent, state.growth, growth),
             rejected=state.rejected + (moved & ~taken).astype(jnp.int32),
             ratio=ratio.astype(state.ratio.dtype),
             progress=progress,
@@ -221,6 +214,21 @@ def levenberg_marquardt(
         )
 
     return wrap(inner, init_fn, update_fn)
+
+
+def _next_damping(
+    state: LevenbergMarquardtState, ratio: Array, first: Number, taken: Array, settled: Array
+) -> tuple[Array, Array]:
+    """λ and the factor of its next growth: by the gain ratio, or towards the first λ if there is nothing to measure."""
+    old = state.damping
+    shrunk = old * jnp.maximum(1 / 3, 1 - (2 * ratio.astype(old.dtype) - 1) ** 3)
+    grown = old * state.growth
+    # Neither 0 nor infinity would come back.
+    shrunk, grown = jnp.where(shrunk > 0, shrunk, old), jnp.where(jnp.isfinite(grown), grown, old)
+    # No further down: without damping null directions would be walked along.
+    rest = jnp.where(old > first, jnp.maximum(old / 3, jnp.asarray(first, old.dtype)), old)
+    growth = jnp.where(taken | settled, 2, 2 * state.growth)
+    return jnp.where(settled, rest, jnp.where(taken, shrunk, grown)), growth
 
 
 def refuse_damping(name: str, extra_args: dict[str, Any]) -> None:
