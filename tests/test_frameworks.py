@@ -168,7 +168,7 @@ def test_the_same_step_in_every_framework(framework, dtype):
 def test_resumed_is_bit_by_bit_as_uninterrupted(name, tmp_path, float64):
     """Saved after three steps, restored into the state of a new optimizer, continued: the same bits."""
     params, batch = data(float64)
-    tx, update, _ = compiled(name, float64)
+    tx, update, *_ = compiled(name, float64)
 
     def run(params, state, steps):
         for _ in range(steps):

@@ -106,6 +106,7 @@ class Compiled(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
     update: Callable  # (grads, state, params, batch) -> (updates, state)
     path: Callable  # (params, batch) -> (every params, last state)
+    traces: list  # one entry whenever the update is traced
 
 
 @functools.cache
@@ -113,7 +114,11 @@ def compiled(name, dtype):
     """Each is compiled once for all laws (in one worker)."""
     _, batch = data(dtype)
     tx = RULES[name].build({"batch": batch})
-    update = lambda g, state, params, batch: tx.update(g, state, params, batch=batch, value_fn=loss)
+    traces = []
+
+    def update(g, state, params, batch):
+        traces.append(1)
+        return tx.update(g, state, params, batch=batch, value_fn=loss)
 
     def step(carry, _, batch):
         params, state = carry
@@ -127,4 +132,4 @@ def compiled(name, dtype):
         (_, state), all_params = jax.lax.scan(functools.partial(step, batch=batch), start, None, length=6)
         return all_params, state
 
-    return Compiled(tx, jax.jit(update), path)
+    return Compiled(tx, jax.jit(update), path, traces)
