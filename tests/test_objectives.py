@@ -64,7 +64,8 @@ def test_the_variational_energy_is_that_of_the_matrix(name, float64):
     w = jnp.asarray(w)
 
     def psi(w):
-        return jnp.exp(jax.vmap(lambda s: log_psi(w, s))(jnp.asarray(SPINS)))
+        amplitudes = jnp.exp(jax.vmap(lambda s: log_psi(w, s))(jnp.asarray(SPINS)))
+        return jax.lax.complex(jnp.real(amplitudes), jnp.imag(amplitudes))
 
     def energy(w):
         return jnp.real(psi(w).conj() @ HAMILTONIAN @ psi(w)) / jnp.sum(jnp.abs(psi(w)) ** 2)

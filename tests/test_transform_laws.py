@@ -104,12 +104,15 @@ def test_wrapped_by_optax_it_is_the_same(name, float64):
     g = jax.grad(loss)(params, batch)
     expected, _ = update(g, tx.init(params), params, batch)
     given = {"batch": batch, "value_fn": loss, "weather": "rain", "temperature": 3.0}
-    wrapped = optax.chain(optax.identity(), optax.apply_if_finite(tx, 2), optax.identity())
+    # The oldest optax hands its extra arguments to a `cond`, which takes arrays alone.
+    with_loss = lambda g, s, p, batch: tx.update(g, s, p, batch=batch, value_fn=loss)
+    held = optax.GradientTransformationExtraArgs(tx.init, with_loss)
+    wrapped = optax.chain(optax.identity(), optax.apply_if_finite(held, 2), optax.identity())
     multi = optax.MultiSteps(wrapped, 1)
 
     @jax.jit
     def both(g, params, take):
-        one = multi.update(g, multi.init(params), params, **given)[0]
+        one = multi.update(g, multi.init(params), params, batch=batch)[0]
         idle = jax.tree.map(jnp.zeros_like, params), tx.init(params)
         two = jax.lax.cond(take, lambda: tx.update(g, idle[1], params, **given), lambda: idle)[0]
         return one, two
