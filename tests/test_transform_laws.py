@@ -132,7 +132,7 @@ def test_a_part_of_the_parameters_is_a_smaller_problem(name, wrapper, float64):
     labels = {"a": "natural", "b": "none", "c": "natural"}
     tx = {
         "masked": optax.masked(inner, HIDDEN),
-        "partition": optax.partition({"natural": inner, "none": optax.set_to_zero()}, labels),
+        "partition": optax.transforms.partition({"natural": inner, "none": optax.set_to_zero()}, labels),
     }[wrapper]
 
     @jax.jit
