@@ -221,6 +221,38 @@ def test_a_loss_of_minus_infinity_is_no_descent(float64):
         assert np.isfinite(float(value_fn(x - d)))
 
 
+@pytest.mark.parametrize("rule", ["levenberg_marquardt", "grid_search", "backtracking", "damping_grid"])
+@pytest.mark.parametrize("memory", ["heavy_ball", "spring"])
+def test_a_momentum_that_led_uphill_does_not_lead_there_for_ever(memory, rule, float64):
+    """A rejected step is not tried again: the momentum in it is brought to rest."""
+    inner = {
+        "heavy_ball": transforms.heavy_ball(scale_step(precondition(), 0.9), 0.9),
+        "spring": transforms.spring(scale_step(precondition(damping=0.1), 0.9), 0.9),
+    }[memory]
+    value_fn, metric = lambda x: 0.5 * jnp.sum(x**2), lambda x: operators.Diagonal(1 + 0 * x)
+    path, states = run(getattr(transforms, rule)(inner), jnp.array([3.0]), 60, value_fn, metric)
+    assert abs(float(path[-1][0])) < 1e-6 and not bool(states[-1].progress.stalled)
+
+
+def test_a_solve_that_fails_is_given_more_damping(float64):
+    """Dependent columns and λ = 1e-20: no factorisation, no direction, and no rest."""
+    rows = jnp.array([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]])
+    value_fn = lambda w: 0.5 * jnp.sum((rows @ w - jnp.array([1.0, 3.0])) ** 2)
+    tx = transforms.levenberg_marquardt(precondition(), 1e-20)
+    path, states = run(tx, jnp.zeros(3), 40, value_fn, lambda w: operators.Gram(rows))
+    np.testing.assert_allclose(float(value_fn(path[-1])), 1.0, rtol=1e-6)
+    assert int(states[-1].rejected) > 5
+
+
+def test_an_objective_is_not_given_what_is_meant_for_the_rules(float64):
+    x, seen = jnp.asarray(G0), []
+    value_fn = lambda x, residual=True, damping=1.0: seen.append((residual, damping)) or quadratic(x)
+    tx = transforms.grid_search(precondition())
+    tx.update(jax.grad(quadratic)(x), tx.init(x), x, operator=operators.Dense(jnp.asarray(H)), value_fn=value_fn,
+              residual=None, damping=0.5)  # fmt: skip
+    assert set(seen) == {(True, 1.0)}
+
+
 def test_the_value_and_the_gradient_of_the_loss_may_be_given(float64):
     """The chain has changed the updates: the model is that of `grad`."""
     x, op = jnp.asarray(G0), operators.Dense(jnp.asarray(H))

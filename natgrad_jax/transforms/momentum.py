@@ -236,7 +236,8 @@ def geodesic(
         length, norm = _tree.norm(_tree.ravel(change)), operator.norm(step)
         ratio = jnp.square(norm / jnp.where(length > 0, length, 1)).astype(length.dtype)
         _, pull = jax.vjp(along, theta)
-        covector = pull(jax.tree.map(lambda x: (ratio * x).astype(x.dtype), bent))[0]
+        covector = pull(jax.tree.map(lambda x: jnp.conj((ratio * x).astype(x.dtype)), bent))[0]
+        covector = jax.tree.map(jnp.conj, covector)
         # A gradient of another function: no residual belongs to it, nor does its solve belong in the state.
         given["residual"] = _no_residual(operator)
         correction, _ = inner.update(cast_like(covector, updates), state.inner, params, **given)

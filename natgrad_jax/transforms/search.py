@@ -19,7 +19,7 @@ from natgrad_jax._tree import PyTree, all_finite, cast_like, surely, where
 from natgrad_jax.damping import Number
 from natgrad_jax.operators import Dense, Operator
 from natgrad_jax.transforms.core import Transformation, of_metric, require_operator_argument, scaled, wrap
-from natgrad_jax.transforms.shared import check_positive, data_for, gradient_of, merged, zero_of
+from natgrad_jax.transforms.shared import check_positive, data_for, gradient_of, merged, restarted, zero_of
 
 Numbers = Sequence[float] | Array | np.ndarray
 
@@ -51,7 +51,8 @@ class Progress(NamedTuple):
 
     def after(self, predicted: Array, actual: Array, promised: Array, noise: Array) -> "Progress":
         """With one step more; `promised` is the decrease that a full step would bring."""
-        idle = (promised > noise) & ~(actual > PROGRESS * promised)
+        # A direction that leads uphill promises nothing, and is no progress either.
+        idle = (jnp.abs(promised) > noise) & ~(actual > PROGRESS * jnp.abs(promised))
         idle = jnp.where(idle, self.idle + 1, 0)
         known = lambda x: jnp.where(jnp.isfinite(x), x, 0).astype(self.actual.dtype)  # noqa: E731
         return Progress(known(predicted), known(actual), idle, idle >= IDLE)
@@ -191,12 +192,13 @@ def levenberg_marquardt(
         predicted = predicted_decrease(operator, g, step)
         actual = objective.value - trial
         noise = objective.noise(operator, params)
-        settled = (predicted <= noise) & (jnp.abs(actual) <= noise)
+        moved = _tree.largest(step) > 0
+        # A solve that failed has moved nothing, which is no rest: it needs more damping.
+        settled = moved & (predicted <= noise) & (jnp.abs(actual) <= noise)
         known = jnp.isfinite(trial) & jnp.isfinite(predicted) & (predicted > 0)
         ratio = jnp.where(known, actual / jnp.where(known, predicted, 1), 0)
         # Two numbers that are rounding have no ratio.
         ratio = jnp.where(settled, 1, jnp.where(jnp.isfinite(ratio), ratio, 0))
-        moved = _tree.largest(step) > 0
         taken = moved & jnp.where(settled, trial <= objective.value, known & (ratio > accept))
         # Neither a point of rest nor a bad batch says anything about the model.
         silent = (_tree.largest(updates) == 0) | ~all_finite(updates) | ~jnp.isfinite(objective.value)
@@ -206,11 +208,11 @@ def levenberg_marquardt(
         return where(taken, step, jax.tree.map(jnp.zeros_like, step)), LevenbergMarquardtState(
             damping=jnp.where(silent, state.damping, strength),
             growth=jnp.where(silent, state.growth, growth),
-            rejected=state.rejected + (moved & ~taken).astype(jnp.int32),
+            rejected=state.rejected + (~taken & ~settled & ~silent).astype(jnp.int32),
             ratio=ratio.astype(state.ratio.dtype),
             progress=progress,
             # What the rejected step left in a momentum, or a cache, belongs to a point that was never reached.
-            inner=where(taken | ~moved, inner_state, state.inner),
+            inner=where(taken | ~moved, inner_state, restarted(state.inner)),
         )
 
     return wrap(inner, init_fn, update_fn)
@@ -223,8 +225,9 @@ def _next_damping(
     old = state.damping
     shrunk = old * jnp.maximum(1 / 3, 1 - (2 * ratio.astype(old.dtype) - 1) ** 3)
     grown = old * state.growth
-    # Neither 0 nor infinity would come back.
-    shrunk, grown = jnp.where(shrunk > 0, shrunk, old), jnp.where(jnp.isfinite(grown), grown, old)
+    # Neither nothing nor infinity would come back soon.
+    least = jnp.asarray(first, old.dtype) * jnp.finfo(old.dtype).eps
+    shrunk, grown = jnp.maximum(shrunk, jnp.minimum(least, old)), jnp.where(jnp.isfinite(grown), grown, old)
     # No further down: without damping null directions would be walked along.
     rest = jnp.where(old > first, jnp.maximum(old / 3, jnp.asarray(first, old.dtype)), old)
     growth = jnp.where(taken | settled, 2, 2 * state.growth)
@@ -346,7 +349,7 @@ def damping_grid(
         progress = state.progress.after(predicted, actual, 0.5 * _tree.vdot(g, step), noise)
         moved = _tree.largest(steps) > 0
         return where(lower, step, jax.tree.map(jnp.zeros_like, step)), DampingGridState(
-            strengths[best], progress, where(lower | ~moved, reached, state.inner)
+            strengths[best], progress, where(lower | ~moved, reached, restarted(state.inner))
         )
 
     return wrap(inner, init_fn, update_fn)
@@ -479,7 +482,8 @@ def _search_of_length(name: str, inner: Transformation, search: Callable[..., tu
         noise = objective.noise(operator, params)
         progress = state.progress.after(predicted, objective.value - value, 0.5 * slope, noise)
         taken = (size > 0) | ~(_tree.largest(direction) > 0)
-        return step, StepSearchState(size.astype(state.step_size.dtype), progress, where(taken, reached, state.inner))
+        kept = where(taken, reached, restarted(state.inner))
+        return step, StepSearchState(size.astype(state.step_size.dtype), progress, kept)
 
     return wrap(inner, init_fn, update_fn)
 

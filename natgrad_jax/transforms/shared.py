@@ -12,6 +12,12 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, surely, unmasked
 
+# What update is given for the transformations themselves, never data of somebody's function.
+OURS = {"value", "grad", "value_fn", "damping", "operator", "residual", "factored"}
+
+
+MOMENTA = {"velocity", "step"}  # fields of states that carry the last step on
+
 
 def zero_of(params: PyTree) -> Array:
     """0 as a real number of the parameters' precision."""
@@ -32,7 +38,7 @@ def not_taken(g: PyTree, direction: PyTree) -> Array:
 
 def data_for(f: Callable[..., Any], extra_args: dict[str, Any]) -> dict[str, Any]:
     """Those of the extra arguments of an update that f names beyond its first."""
-    names = list(inspect.signature(f).parameters)[1:]
+    names = [name for name in list(inspect.signature(f).parameters)[1:] if name not in OURS]
     return {name: extra_args[name] for name in names if name in extra_args}
 
 
@@ -65,3 +71,12 @@ def check_count(k: Any, name: str, what: str) -> None:
     """A `ValueError` unless k is a positive whole number."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"{name}: expected a number of {what} ≥ 1, got {k!r}")
+
+
+def restarted(state: Any) -> Any:
+    """The state with every momentum in it at rest: one that led to a rejected step would lead to it again."""
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        kept: Any = type(state)(*map(restarted, state))
+        rest = {name: jax.tree.map(jnp.zeros_like, getattr(kept, name)) for name in kept._fields if name in MOMENTA}
+        return kept._replace(**rest)
+    return type(state)(map(restarted, state)) if isinstance(state, tuple | list) else state
