@@ -626,6 +626,10 @@ MISTAKES = {
     "a vector for a loss": (
         _update(transforms.grid_search(precondition()), value_fn=lambda x: x), ValueError, r"value_fn.*scalar.*\(2,\)"
     ),
+    "a vector for its value": (
+        _update(transforms.grid_search(precondition()), value=jnp.ones(2), **_value),
+        ValueError, r"value: .*scalar.*\(2,\)",
+    ),
     "two that set λ": (
         _update(transforms.damping_grid(_lm), **_value), TypeError, "damping: levenberg_marquardt chooses λ by itself"
     ),

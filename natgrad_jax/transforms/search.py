@@ -84,13 +84,10 @@ class Objective(NamedTuple):
         data = data_for(value_fn, extra_args)
 
         def loss(params: PyTree) -> Array:
-            value = jnp.asarray(value_fn(merged(params, full_params), **data))
-            if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-                raise ValueError(f"value_fn: expected a real scalar, got shape {value.shape}, dtype {value.dtype}")
-            return value
+            return _scalar(value_fn(merged(params, full_params), **data), "value_fn")
 
         value = extra_args.get("value")
-        value = loss(params) if value is None else jnp.asarray(value)
+        value = loss(params) if value is None else _scalar(value, "value")
         # What optax.apply_updates will make of −s.
         return cls(value, lambda step: loss(cast_like(jax.tree.map(jnp.subtract, params, step), params)))
 
@@ -99,6 +96,14 @@ class Objective(NamedTuple):
         size = jnp.abs(self.value)
         inside = jnp.sqrt(2 * size) * operator.norm(params).astype(size.dtype)
         return ROUNDINGS * jnp.finfo(self.value.dtype).eps * (size + inside)
+
+
+def _scalar(value: Any, name: str) -> Array:
+    """The value as an array; a `ValueError` unless it is one real number."""
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a real scalar, got shape {value.shape}, dtype {value.dtype}")
+    return value
 
 
 def predicted_decrease(operator: Operator, g: PyTree, step: PyTree) -> Array:
