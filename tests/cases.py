@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.special as sc
 import scipy.stats
 from jax.nn import log_sigmoid
@@ -42,6 +43,18 @@ def flat(tree) -> np.ndarray:
     """Leaves in ravel order, as float64 numpy: not by the library's own ravel."""
     leaves = [np.asarray(x).astype(np.float64).ravel() for x in jax.tree.leaves(tree)]
     return np.concatenate(leaves) if leaves else np.zeros(0)
+
+
+def named_mistakes(table):
+    """A test that each call of {name: (call, kind of error, message)} is refused by such an error."""
+
+    @pytest.mark.parametrize("mistake", table)
+    def test(mistake):
+        call, kind, message = table[mistake]
+        with pytest.raises(kind, match=message):
+            call()
+
+    return test
 
 
 def error(got, expected) -> float:

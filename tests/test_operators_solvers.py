@@ -515,11 +515,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
-    call, kind, message = MISTAKES[name]
-    with pytest.raises(kind, match=message):
-        call()
+test_mistakes_are_named = cases.named_mistakes(MISTAKES)
 
 
 def test_a_traced_negative_damping_is_a_flag(dtype):

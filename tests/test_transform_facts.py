@@ -133,6 +133,17 @@ def test_the_rounding_of_small_residuals_of_large_outputs_is_no_failure_of_the_m
     assert not bool(states[-1].progress.stalled)
 
 
+def test_parameters_that_are_coarser_than_the_loss_do_not_raise_the_damping(float64):
+    """At the minimum of a loss in double precision, the rounding of bfloat16 parameters moves the residuals."""
+    target = jnp.asarray([0.3, 0.7, -0.2, 0.4])
+    rows = jnp.asarray(ROWS[:4, :3])
+    f = lambda x: rows @ x.astype(float) - target
+    value_fn = lambda x: 0.5 * jnp.sum(f(x) ** 2)
+    tx, x = transforms.levenberg_marquardt(precondition(), 1e-2), jnp.zeros(3, jnp.bfloat16)
+    _, states = run(tx, x, 60, value_fn, lambda x: operators.Gram(rows))
+    assert max(float(s.damping) for s in states) < 1
+
+
 def test_a_damping_that_has_run_up_is_let_down_again_at_the_minimum(dtype):
     tx, x = transforms.levenberg_marquardt(precondition(), 0.5), jnp.asarray([1e-9], dtype)
     value_fn = lambda x: 1 + log_cosh(x)
@@ -143,11 +154,17 @@ def test_a_damping_that_has_run_up_is_let_down_again_at_the_minimum(dtype):
         np.testing.assert_allclose(float(state.damping), expected, rtol=1e-5)
 
 
-def test_what_a_rejected_step_left_behind_is_forgotten(float64):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_rejected_step_left_behind_is_forgotten(wrapped, float64):
     inner = transforms.heavy_ball(precondition(), 0.5)
-    tx = transforms.levenberg_marquardt(inner, 1e-3)
-    _, states = run(tx, jnp.asarray([2.0]), 2, log_cosh, curvature)
-    assert int(states[1].rejected) == 2 and not flat(states[1].inner.velocity).any()
+    tx = transforms.levenberg_marquardt(transforms.trust_region(inner, 1e3) if wrapped else inner, 1e-3)
+    found = lambda state: state.inner if wrapped else state
+    x, state = jnp.asarray([0.5]), tx.init(jnp.asarray([0.5]))
+    update = lambda x, s: tx.update(jax.grad(log_cosh)(x), s, x, operator=curvature(x), value_fn=log_cosh)[1]
+    state = update(x, state)
+    assert int(state.rejected) == 0 and flat(found(state.inner).velocity).any()
+    state = update(4 * x, state)
+    assert int(state.rejected) == 1 and not flat(found(state.inner).velocity).any()
 
 
 @pytest.mark.parametrize("solver", [None, solvers.eigh(), solvers.qr()])
@@ -206,6 +223,17 @@ def test_grid_search_and_backtracking_are_safe_where_the_loss_is_not_finite(floa
         np.testing.assert_allclose(float(states[0].step_size), size)
         np.testing.assert_allclose(float(path[1][0]), 3 - 6 * size)
         np.testing.assert_allclose(float(path[-1][0]), 1.0, rtol=1e-9)
+
+
+def test_backtracking_takes_no_step_uphill(float64):
+    """A chain, or a momentum, has turned the direction: far away the loss is lower, but no model says so."""
+    x, tx = jnp.asarray([1.0]), transforms.backtracking(precondition())
+    value_fn = lambda x: jnp.sum(jnp.where(jnp.abs(x) < 2, x**2, -1.0))
+    given = {"operator": operators.Diagonal(jnp.ones(1)), "value_fn": value_fn, "grad": jnp.asarray([2.0])}
+    d, state = tx.update(jnp.asarray([-2.0]), tx.init(x), x, **given)
+    assert float(d[0]) == 0 and float(state.step_size) == 0 and float(state.progress.actual) == 0
+    d, _ = tx.update(jnp.asarray([2.0]), tx.init(x), x, **given)
+    assert float(d[0]) != 0
 
 
 def test_a_loss_of_minus_infinity_is_no_descent(float64):
@@ -315,6 +343,22 @@ def test_two_directions_are_combined_as_the_model_says(float64):
     assert np.isfinite(flat(d)).all()
 
 
+@pytest.mark.parametrize("c", [1e-25, 1e-15, 1e15, 1e25])
+def test_gradients_of_any_size_are_combined(c):
+    """G is fixed and the gradients are not, in float32: squares of them would leave the floats."""
+    g = np.array([[1.0, 2.0, -1.0], [0.5, 0.0, 2.0]], np.float32)
+    matrix = np.array([[2.0, 1.0, 0.0], [1.0, 3.0, 0.5], [0.0, 0.5, 1.0]], np.float32)
+    tx = transforms.quadratic_step(precondition(), lambda params: operators.Dense(jnp.asarray(matrix)))
+    cheap, steps = operators.Diagonal(jnp.asarray(np.diag(matrix))), []
+    for factor in (1.0, c):
+        state = tx.init(jnp.zeros(3))
+        for x in g:
+            d, state = tx.update(jnp.asarray(x * np.float32(factor)), state, jnp.zeros(3), operator=cheap)
+        steps.append([*np.asarray(d, float) / factor, float(state.learning_rate), float(state.momentum)])
+    np.testing.assert_allclose(steps[1], steps[0], rtol=1e-4)
+    assert abs(steps[0][-1]) > 0.01
+
+
 # Momentum.
 
 
@@ -352,6 +396,28 @@ def test_spring_is_its_formula(bias_correction, kind, float64):
         np.testing.assert_allclose(d, expected, rtol=1e-9, atol=1e-11)
         assert bool(state.inner.residual_used) == (kind == "gram, residual")
     np.testing.assert_allclose(state.velocity, phi, rtol=1e-9, atol=1e-11)
+
+
+def test_spring_has_a_residual_for_a_real_metric_of_complex_parameters(float64):
+    rng = np.random.default_rng(4)
+    rows, e = rng.normal(size=(3, 4)), rng.normal(size=3)
+    parts = operators.Gram((jnp.asarray(rows[:, :2]), jnp.asarray(rows[:, 2:])), residual=jnp.asarray(e))
+    tx = transforms.spring(precondition(damping=ng.damping.absolute(0.1)), 0.8)
+    g = (rows.T @ e).reshape(2, 2)
+    operator = operators.RealParts(parts, operators.Space.of(jnp.zeros(2, complex)))
+    state, phi = tx.init(jnp.zeros(2, complex)), np.zeros(4)
+    for _ in range(3):
+        d, state = tx.update(jnp.asarray(g[0] + 1j * g[1]), state, operator=operator)
+        phi = 0.8 * phi + np.linalg.solve(rows.T @ rows + 0.1 * np.eye(4), g.ravel() - 0.8 * rows.T @ rows @ phi)
+        np.testing.assert_allclose(d, phi[:2] + 1j * phi[2:], rtol=1e-9)
+        assert bool(state.inner.residual_used)
+
+
+def test_the_bias_of_a_long_memory_is_corrected():
+    """1 − μ²ᵗ of μ = 1 − 10⁻⁵ has three digits in float32."""
+    tx = transforms.spring(precondition(damping=1.0), 0.99999, bias_correction=True)
+    d, _ = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)), operator=operators.Diagonal(jnp.ones(1)))
+    np.testing.assert_allclose(float(d[0]), 0.5 / np.sqrt(1 - 0.99999**2), rtol=1e-6)
 
 
 def test_spring_is_bounded_if_asked(dtype):
@@ -443,6 +509,25 @@ def test_the_geodesic_step_sees_coordinates_in_second_order(float64):
             gaps.append(np.linalg.norm(one - other))
         orders = np.log2(np.array(gaps[:-1]) / gaps[1:])
         np.testing.assert_allclose(orders, order, atol=0.15)
+
+
+def test_the_geodesic_of_complex_parameters_is_that_of_their_parts(float64):
+    """Real outputs and complex ones, which are two real outputs each."""
+    rng = np.random.default_rng(5)
+    weights = jnp.asarray(rng.normal(size=(6, 2)) + 1j * rng.normal(size=(6, 2)))
+    w = jnp.asarray(rng.normal(size=2) + 1j * rng.normal(size=2))
+    halves = lambda z: jnp.concatenate([z.real, z.imag])
+    for f in (lambda w: jnp.sin(weights @ w), lambda w: jnp.real(jnp.sin(weights @ w))):
+        of_pair = lambda x: (lambda z: halves(z) if jnp.iscomplexobj(z) else z)(f(jax.lax.complex(x[:2], x[2:])))  # noqa: B023
+        x, g = halves(w), jnp.asarray(rng.normal(size=4))
+        rows = jax.jacobian(of_pair)(x)
+        tx = transforms.geodesic(precondition(), of_pair, learning_rate=0.1)
+        expected, state = tx.update(g, tx.init(x), x, operator=operators.Gram(rows))
+        assert 1e-3 < float(state.bend) < 0.75
+        operator = operators.RealParts(operators.Gram((rows[:, :2], rows[:, 2:])), operators.Space.of(w))
+        tx = transforms.geodesic(precondition(), f, learning_rate=0.1)
+        d, state = tx.update(jax.lax.complex(g[:2], g[2:]), tx.init(w), w, operator=operator)
+        np.testing.assert_allclose(halves(d), expected, rtol=1e-9)
 
 
 def test_the_bend_is_least_squares_of_the_second_derivative(float64):
@@ -647,6 +732,48 @@ MISTAKES = {
     "negative grid": (lambda: transforms.damping_grid(precondition(), [1.0, -1.0]), ValueError, "dampings"),
     "steps": (lambda: transforms.grid_search(precondition(), [0.0, 1.0]), ValueError, "steps.*0 is always among"),
     "accept": (lambda: transforms.levenberg_marquardt(precondition(), accept=1.0), ValueError, "accept.*got 1.0"),
+    "accept as text": (
+        lambda: transforms.levenberg_marquardt(precondition(), accept="yes"), TypeError, "accept: expected a number"
+    ),
+    "a schedule inside": (
+        lambda: transforms.damping_grid(precondition(), learning_rate=optax.constant_schedule(1.0)), TypeError,
+        "learning_rate: expected a number.*scale_step",
+    ),
+    "learning rates": (
+        lambda: ng.natural_gradient(np.ones(2), IDENTITY), ValueError, r"learning_rate: expected one number.*\(2,\)"
+    ),
+    "a grid of text": (lambda: transforms.damping_grid(precondition(), "1e-3"), ValueError, "dampings.*'1e-3'"),
+    "chunk_size": (lambda: transforms.grid_search(precondition(), chunk_size=0), ValueError, "chunk_size.*got 0"),
+    "max_steps": (lambda: transforms.backtracking(precondition(), max_steps=2.5), ValueError, "max_steps.*got 2.5"),
+    "spring without an operator": (
+        _update(transforms.spring(precondition()), metric=None), TypeError, "operator: spring needs.*NoneType.*with_m"
+    ),
+    "geodesic without an operator": (
+        _update(transforms.geodesic(precondition(), lambda x: x), metric=None), TypeError, "operator: geodesic needs"
+    ),
+    "a matrix for an operator": (
+        _update(precondition(), metric=None, operator=np.eye(2)), TypeError, "operator: precondition needs.*ndarray"
+    ),
+    "geodesic around a wrapper": (
+        lambda: transforms.geodesic(transforms.trust_region(precondition(), 0.1), lambda x: x), TypeError,
+        "inner: geodesic expected precondition.*around geodesic",
+    ),
+    "an operator for a metric": (
+        lambda: ng.scale_by_metric(IDENTITY(jnp.asarray(X))), TypeError, "metric: expected a function.*operator=G"
+    ),
+    "data of the loss": (
+        _update(_lm, value_fn=lambda x, batch, weather: 0.0, batch=1), TypeError, "weather: value_fn needs it"
+    ),
+    "data of the loss with a reserved name": (
+        _update(_lm, value_fn=lambda x, grad: 0.0), TypeError, r"grad \(a reserved name.*value_fn needs it"
+    ),
+    "data of f": (
+        _update(transforms.geodesic(precondition(), lambda x, batch: x)), TypeError, "batch: f needs it"
+    ),
+    "a period of a period": (
+        lambda: transforms.every_k(transforms.every_k(ng.scale_by_metric(IDENTITY), 2), 2), TypeError,
+        "inner: every_k expected",
+    ),
     "shrink": (lambda: transforms.backtracking(precondition(), shrink=1.0), ValueError, "shrink.*got 1.0"),
     "decay": (lambda: transforms.spring(precondition(), 1.0), ValueError, "decay.*got 1.0"),
     "max_norm": (lambda: transforms.spring(precondition(), max_norm=-1.0), ValueError, "max_norm.*got -1.0"),
@@ -692,11 +819,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
-    call, kind, message = MISTAKES[name]
-    with pytest.raises(kind, match=message):
-        call()
+test_mistakes_are_named = cases.named_mistakes(MISTAKES)
 
 
 def test_a_bound_that_is_not_a_number_is_no_step():

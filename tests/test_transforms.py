@@ -446,11 +446,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
-    call, kind, message = MISTAKES[name]
-    with pytest.raises(kind, match=message):
-        call()
+test_mistakes_are_named = cases.named_mistakes(MISTAKES)
 
 
 # A part of the parameters.

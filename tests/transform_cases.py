@@ -50,54 +50,42 @@ def descending(rule, metric=METRIC):
     return optax.chain(with_metric(metric, rule), optax.scale(-1.0))
 
 
-class Rule(NamedTuple):
-    """How it is built from `like`; whether scaling the loss scales nothing else; whether it has a masked form."""
-
-    build: Callable
-    masks: bool = True
-
-
+# name -> function of `like` that builds it
 RULES = {
-    "natural_gradient": Rule(lambda like: ng.natural_gradient(0.5, METRIC)),
-    "schedule": Rule(lambda like: ng.natural_gradient(optax.linear_schedule(1.0, 0.1, 10), METRIC, damping=0.1)),
-    "trust_region": Rule(lambda like: ng.natural_gradient(0.5, METRIC, max_kl=0.02)),
-    "eigh": Rule(lambda like: ng.natural_gradient(0.5, METRIC, solver=ng.solvers.eigh())),
-    "warm cg": Rule(lambda like: ng.natural_gradient(0.5, METRIC, solver=ng.solvers.cg(1e-12, warm_start=True))),
-    "normalise": Rule(lambda like: descending(scale_step(transforms.normalise(precondition()), 0.1))),
-    "heavy_ball": Rule(lambda like: descending(transforms.heavy_ball(scale_step(precondition(), 0.2), 0.5))),
-    "nesterov": Rule(
-        lambda like: descending(transforms.heavy_ball(scale_step(precondition(), 0.2), 0.5, nesterov=True))
+    "natural_gradient": lambda like: ng.natural_gradient(0.5, METRIC),
+    "schedule": lambda like: ng.natural_gradient(optax.linear_schedule(1.0, 0.1, 10), METRIC, damping=0.1),
+    "trust_region": lambda like: ng.natural_gradient(0.5, METRIC, max_kl=0.02),
+    "eigh": lambda like: ng.natural_gradient(0.5, METRIC, solver=ng.solvers.eigh()),
+    "warm cg": lambda like: ng.natural_gradient(0.5, METRIC, solver=ng.solvers.cg(1e-12, warm_start=True)),
+    "normalise": lambda like: descending(scale_step(transforms.normalise(precondition()), 0.1)),
+    "heavy_ball": lambda like: descending(transforms.heavy_ball(scale_step(precondition(), 0.2), 0.5)),
+    "nesterov": lambda like: descending(transforms.heavy_ball(scale_step(precondition(), 0.2), 0.5, nesterov=True)),
+    "spring": lambda like: descending(transforms.spring(scale_step(precondition(damping=0.5), 0.5), 0.5)),
+    "spring, corrected": lambda like: descending(
+        scale_step(transforms.spring(precondition(damping=0.5), 0.5, bias_correction=True), 0.5)
     ),
-    "spring": Rule(lambda like: descending(transforms.spring(scale_step(precondition(damping=0.5), 0.5), 0.5))),
-    "spring, corrected": Rule(
-        lambda like: descending(
-            scale_step(transforms.spring(precondition(damping=0.5), 0.5, bias_correction=True), 0.5)
-        )
+    "geodesic": lambda like: descending(transforms.geodesic(precondition(), residuals, learning_rate=0.5)),
+    "levenberg_marquardt": lambda like: descending(transforms.levenberg_marquardt(precondition())),
+    "levenberg_marquardt, bounded": lambda like: descending(
+        transforms.levenberg_marquardt(transforms.trust_region(precondition(), 0.02))
     ),
-    "geodesic": Rule(lambda like: descending(transforms.geodesic(precondition(), residuals, learning_rate=0.5))),
-    "levenberg_marquardt": Rule(lambda like: descending(transforms.levenberg_marquardt(precondition()))),
-    "levenberg_marquardt, bounded": Rule(
-        lambda like: descending(transforms.levenberg_marquardt(transforms.trust_region(precondition(), 0.02)))
+    "quadratic_step": lambda like: descending(transforms.quadratic_step(precondition(damping=0.5))),
+    "quadratic_step, from a diagonal": lambda like: descending(
+        transforms.quadratic_step(precondition(), METRIC), diagonal
     ),
-    "quadratic_step": Rule(lambda like: descending(transforms.quadratic_step(precondition(damping=0.5)))),
-    "quadratic_step, from a diagonal": Rule(
-        lambda like: descending(transforms.quadratic_step(precondition(), METRIC), diagonal)
+    "damping_grid": lambda like: descending(transforms.damping_grid(precondition(), [0.01, 0.1, 1.0, 10.0])),
+    "damping_grid, from one factorisation": lambda like: descending(
+        transforms.damping_grid(precondition(ng.solvers.qr()), [0.1, 1.0], chunk_size=1)
     ),
-    "damping_grid": Rule(lambda like: descending(transforms.damping_grid(precondition(), [0.01, 0.1, 1.0, 10.0]))),
-    "damping_grid, from one factorisation": Rule(
-        lambda like: descending(transforms.damping_grid(precondition(ng.solvers.qr()), [0.1, 1.0], chunk_size=1))
+    "grid_search": lambda like: descending(transforms.grid_search(precondition(), [2.0, 1.0, 0.5, 0.25])),
+    "backtracking": lambda like: descending(transforms.backtracking(precondition(), 4.0)),
+    "average": lambda like: transforms.average(ng.natural_gradient(0.5, MATRIX), 0.5, like=like),
+    "every_k": lambda like: transforms.every_k(ng.natural_gradient(0.5, METRIC), 2, like=like),
+    "every_k of average": lambda like: transforms.every_k(
+        transforms.average(ng.natural_gradient(0.5, MATRIX, solver=ng.solvers.eigh()), 0.5, like=like), 2, like=like
     ),
-    "grid_search": Rule(lambda like: descending(transforms.grid_search(precondition(), [2.0, 1.0, 0.5, 0.25]))),
-    "backtracking": Rule(lambda like: descending(transforms.backtracking(precondition(), 4.0))),
-    "average": Rule(lambda like: transforms.average(ng.natural_gradient(0.5, MATRIX), 0.5, like=like)),
-    "every_k": Rule(lambda like: transforms.every_k(ng.natural_gradient(0.5, METRIC), 2, like=like)),
-    "every_k of average": Rule(
-        lambda like: transforms.every_k(
-            transforms.average(ng.natural_gradient(0.5, MATRIX, solver=ng.solvers.eigh()), 0.5, like=like), 2, like=like
-        )
-    ),
-    "accumulate": Rule(lambda like: transforms.accumulate(ng.natural_gradient(0.5, METRIC), 2)),
-}  # fmt: skip
+    "accumulate": lambda like: transforms.accumulate(ng.natural_gradient(0.5, METRIC), 2),
+}
 
 
 class Compiled(NamedTuple):
@@ -113,7 +101,7 @@ class Compiled(NamedTuple):
 def compiled(name, dtype):
     """Each is compiled once for all laws (in one worker)."""
     _, batch = data(dtype)
-    tx = RULES[name].build({"batch": batch})
+    tx = RULES[name]({"batch": batch})
     traces = []
 
     def update(g, state, params, batch):

@@ -11,9 +11,11 @@ from natgrad_jax.transforms.lengths import NormaliseState, TrustRegionState, nor
 from natgrad_jax.transforms.momentum import (
     GeodesicState,
     HeavyBallState,
+    QuadraticStepState,
     SpringState,
     geodesic,
     heavy_ball,
+    quadratic_step,
     spring,
 )
 from natgrad_jax.transforms.optimizers import natural_gradient, scale_by_metric
@@ -30,13 +32,11 @@ from natgrad_jax.transforms.search import (
     DampingGridState,
     LevenbergMarquardtState,
     Progress,
-    QuadraticStepState,
     StepSearchState,
     backtracking,
     damping_grid,
     grid_search,
     levenberg_marquardt,
-    quadratic_step,
 )
 
 __all__ = [

@@ -22,9 +22,9 @@ from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, unmasked, wh
 from natgrad_jax.damping import Number, Rule
 from natgrad_jax.metrics import Metric
 from natgrad_jax.operators import Operator, is_operator
+from natgrad_jax.transforms.shared import RESERVED
 
 Transformation: TypeAlias = optax.GradientTransformationExtraArgs
-RESERVED = {"value", "grad", "value_fn", "damping", "operator", "residual", "factored", "full_params"}
 
 
 class Source(NamedTuple):
@@ -75,6 +75,16 @@ def factoring(init: Any, update: Any, factor: Callable[..., Any] | None) -> Tran
 def factor_of(inner: Transformation) -> Callable[..., Any] | None:
     """What `inner` does to an operator first; None where it is of somebody else's making, and unknown."""
     return getattr(inner.update, "factor", None)
+
+
+def factored_once(
+    inner: Transformation, operator: Operator, params: PyTree | None, extra_args: dict[str, Any]
+) -> dict[str, Any]:
+    """The extra arguments with the operator and its factorisation, for an `inner` that is called several times."""
+    given, factor = extra_args | {"operator": operator}, factor_of(inner)
+    if factor is not None and given.get("factored") is None:
+        given["factored"] = factor(operator, params, extra_args.get("full_params"))
+    return given
 
 
 def wrap(inner: Transformation, init: Any, update: Any) -> Transformation:
@@ -165,8 +175,7 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
         **extra_args: Any,
     ) -> tuple[PyTree, PreconditionState]:
         del extra_args
-        if operator is None:
-            raise TypeError("operator: precondition needs update(..., operator=G); wrap it in with_metric(metric, ...)")
+        check_given(operator, "precondition")
         operator.space.check(updates, "grads")
         resolved = damping_rules.at(rule, params, full_params)
         damping = None if damping is None else damping_rules.checked(damping)
@@ -194,7 +203,18 @@ def precondition(solver: Any = None, damping: "Rule | Number | None" = None) -> 
             direction=where(fine, cast_like(value, state.direction), state.direction) if warm else None,
         )
 
-    return factoring(init_fn, update_fn, factor)
+    tx = factoring(init_fn, update_fn, factor)
+    tx.update.innermost = True
+    return tx
+
+
+def check_given(operator: Any, name: str) -> None:
+    """A `TypeError` unless there is an operator."""
+    if not is_operator(operator):
+        raise TypeError(
+            f"operator: {name} needs update(..., operator=G) with one of natgrad_jax.operators, got "
+            f"{type(operator).__name__}; wrap it in with_metric(metric, ...)"
+        )
 
 
 def dual_norm(g: PyTree, d: PyTree) -> Array:
@@ -259,6 +279,11 @@ def hand_to(
 
 def of_metric(metric: Metric) -> Source:
     """The metric, evaluated anew for every step."""
+    if not callable(metric):
+        raise TypeError(
+            f"metric: expected a function metric(params, **data) -> operator, got {type(metric).__name__}. An operator "
+            "of your own goes into update(..., operator=G), with None for the metric."
+        )
     name = getattr(metric, "__name__", type(metric).__name__)
     required, optional = _data_names(metric, name)
 

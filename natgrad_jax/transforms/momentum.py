@@ -1,18 +1,37 @@
-"""Steps that remember the last one, or look at how the path bends."""
+"""Steps that remember the last one, or look at how the path bends, without a value of the loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, cast_like, where
+from natgrad_jax import _tree, solvers
+from natgrad_jax import damping as damping_rules
+from natgrad_jax._tree import PyTree, all_finite, cast_like, concrete, where
 from natgrad_jax.damping import Number
-from natgrad_jax.operators import Operator
-from natgrad_jax.transforms.core import Transformation, factor_of, require_operator_argument, scaled, wrap
-from natgrad_jax.transforms.shared import check_decay, check_positive, data_for, merged, not_taken, zero_of
+from natgrad_jax.operators import Dense, Gram, Operator, RealParts
+from natgrad_jax.transforms.core import (
+    Transformation,
+    check_given,
+    factored_once,
+    of_metric,
+    require_operator_argument,
+    scaled,
+    wrap,
+)
+from natgrad_jax.transforms.shared import (
+    check_part,
+    check_positive,
+    check_step_size,
+    data_for,
+    gradient_of,
+    merged,
+    not_taken,
+    zero_of,
+)
 
 
 class HeavyBallState(NamedTuple):
@@ -20,6 +39,10 @@ class HeavyBallState(NamedTuple):
 
     velocity: PyTree
     inner: Any
+
+    def at_rest(self) -> "HeavyBallState":
+        """Without velocity."""
+        return self._replace(velocity=jax.tree.map(jnp.zeros_like, self.velocity))
 
 
 class SpringState(NamedTuple):
@@ -35,17 +58,9 @@ class SpringState(NamedTuple):
     velocity: PyTree
     inner: Any
 
-
-class GeodesicState(NamedTuple):
-    """State of `geodesic`.
-
-    Attributes:
-        bend: ‖½Γ(s, s)‖_G / ‖s‖_G at the last step, how far the path bends on the way.
-        inner: state of the inner transformation.
-    """
-
-    bend: Array
-    inner: Any
+    def at_rest(self) -> "SpringState":
+        """With φ = 0."""
+        return self._replace(count=jnp.zeros_like(self.count), velocity=jax.tree.map(jnp.zeros_like, self.velocity))
 
 
 def heavy_ball(inner: Transformation, decay: float = 0.9, *, nesterov: bool = False) -> Transformation:
@@ -70,7 +85,7 @@ def heavy_ball(inner: Transformation, decay: float = 0.9, *, nesterov: bool = Fa
     Reference: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
     require_operator_argument(inner, "heavy_ball")
-    check_decay(decay)
+    check_part(decay, "decay")
 
     def init_fn(params: PyTree) -> HeavyBallState:
         return HeavyBallState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
@@ -126,9 +141,12 @@ def spring(
     network wavefunctions" (2024), equation 30.
     """
     require_operator_argument(inner, "spring")
-    check_decay(decay)
+    check_part(decay, "decay")
     if max_norm is not None:
         check_positive(max_norm, "max_norm", "length")
+    # 1 − μ²ᵗ from the logarithm of a Python number: near μ = 1 float32 would have lost most of it.
+    smallest = float(np.finfo(np.float32).tiny)
+    log_decay = np.log(np.maximum(decay, smallest)) if concrete(decay) else jnp.log(jnp.maximum(decay, smallest))
 
     def init_fn(params: PyTree) -> SpringState:
         start = jax.tree.map(jnp.zeros_like, params)
@@ -138,6 +156,7 @@ def spring(
         updates: PyTree, state: SpringState, params: PyTree | None = None, *, operator: Any = None,
         residual: Array | None = None, **extra_args: Any,
     ) -> tuple[PyTree, SpringState]:  # fmt: skip
+        check_given(operator, "spring")
         old = scaled(state.velocity, decay)
         shifted = cast_like(jax.tree.map(jnp.subtract, _tree.raised(updates), operator.mv(_tree.raised(old))), updates)
         given = extra_args | {"operator": operator, "residual": _shifted_residual(operator, residual, old)}
@@ -147,7 +166,7 @@ def spring(
         count = state.count + 1
         size = jnp.ones((), zero_of(updates).dtype)
         if bias_correction:
-            size = size / jnp.sqrt(1 - jnp.asarray(decay, size.dtype) ** (2 * count))
+            size = size / jnp.sqrt(-jnp.expm1(2 * count * log_decay).astype(size.dtype))
         if max_norm is not None:
             length = _tree.norm(_tree.ravel(_tree.raised(momentum)))
             size = jnp.minimum(size, jnp.where(length > 0, max_norm / jnp.where(length > 0, length, 1), size))
@@ -161,10 +180,137 @@ def spring(
 
 def _shifted_residual(operator: Operator, residual: Array | None, old: PyTree) -> Array | None:
     """e − Aφ, the residual of g − Gφ; None where there is none, or no rows."""
-    residual = getattr(operator, "residual", None) if residual is None else residual
-    if residual is None or not hasattr(operator, "times"):
+    if isinstance(operator, RealParts):
+        return _shifted_residual(operator.parts, residual, _tree.real_parts(old))
+    if not isinstance(operator, Gram):
         return None
-    return residual - operator.times(_tree.raised(old)).astype(residual.dtype)
+    residual = operator.residual if residual is None else residual
+    return None if residual is None else residual - operator.times(_tree.raised(old)).astype(residual.dtype)
+
+
+class QuadraticStepState(NamedTuple):
+    """State of `quadratic_step`.
+
+    Attributes:
+        step: the last one.
+        learning_rate: α of the last step.
+        momentum: μ of the last step.
+        predicted: the decrease of the loss by the quadratic model.
+        inner: state of the inner transformation.
+    """
+
+    step: PyTree
+    learning_rate: Array
+    momentum: Array
+    predicted: Array
+    inner: Any
+
+    def at_rest(self) -> "QuadraticStepState":
+        """Without a last step."""
+        return self._replace(step=jax.tree.map(jnp.zeros_like, self.step))
+
+
+def quadratic_step(
+    inner: Transformation, metric: Any = None, *, damping: Any = None, learning_rate: Number = 1.0
+) -> Transformation:
+    """Learning rate and momentum from the quadratic model: the best combination of the direction and of the last step.
+
+        (α, μ) = argmax gᵀs − ½sᵀ(G + λD)s,    s = α d + μ s₋₁
+
+    Two products with G and a 2 × 2 system. Its use is a cheap direction, from a diagonal or Kronecker-factored
+    `inner`, whose length only exact products know. From the same G with the same damping it would find α = 1 and μ = 0,
+    what d minimises already; from G without damping it takes back along d what the damping has shortened.
+
+    Args:
+        inner: takes `operator`.
+        metric: metric(params, **data) -> the operator G of the model, such as `gauss_newton(..., matrix_free=True)`;
+            None for the one that `inner` solves.
+        damping: a number (relative) or a rule of `damping` for the model; None for none.
+        learning_rate: multiplies s, > 0.
+
+    No value of the loss is needed, but the last step is taken for granted: only `optax.scale(-1.0)` may follow.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> G = jnp.array([[2.0, 1.0], [1.0, 2.0]])
+        >>> exact = lambda params: ng.operators.Dense(G)
+        >>> tx = ng.transforms.quadratic_step(ng.transforms.precondition(), exact)
+        >>> x, state = jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2))
+        >>> for _ in range(2):  # conjugate gradients: as many steps as dimensions
+        ...     s, state = tx.update(G @ x, state, x, operator=ng.operators.Diagonal(jnp.array([2.0, 3.0])))
+        ...     x = x - s
+        >>> bool(jnp.all(jnp.abs(x) < 1e-6))
+        True
+
+    Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
+    section 7.
+    """
+    require_operator_argument(inner, "quadratic_step")
+    check_step_size(learning_rate)
+    source = None if metric is None else of_metric(metric)
+    rule = damping_rules.as_rule(damping)
+
+    def init_fn(params: PyTree) -> QuadraticStepState:
+        zero = zero_of(params)
+        return QuadraticStepState(jax.tree.map(jnp.zeros_like, params), zero, zero, zero, inner.init(params))
+
+    def update_fn(
+        updates: PyTree, state: QuadraticStepState, params: PyTree | None = None, *, operator: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, QuadraticStepState]:  # fmt: skip
+        direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
+        if not jax.tree.leaves(updates):
+            return direction, state._replace(inner=inner_state)
+        model = operator if source is None else source.at((), updates, params, extra_args)[0]
+        resolved = damping_rules.at(rule, params, extra_args.get("full_params"))
+        strength = None if resolved is None else extra_args.get("damping")
+        # Each vector by its largest entry: their products would leave the floats long before they do.
+        (d, size), (last, last_size), (g, steepness) = map(
+            _unit, (direction, state.step, gradient_of(updates, extra_args))
+        )
+        basis = jax.tree.map(lambda x, y: jnp.stack([x, y]), d, last)
+        products = jax.vmap(solvers.damped_product(model, resolved, strength))(basis)
+        dots = jax.vmap(_tree.vdot, (0, None))
+        slopes = dots(basis, g)
+        matrix = jax.vmap(lambda gv: dots(basis, gv))(products)
+        # A direction that is zero is a dead coordinate, and two that are parallel share the step.
+        best = solvers.solve(Dense((matrix + matrix.T) / 2), slopes, solver=solvers.eigh())
+        fine = best.converged & all_finite(basis) & all_finite(slopes)
+        weights = jnp.where(fine, best.value * learning_rate, 0)
+        made = lambda x, d: (steepness * jnp.tensordot(weights.astype(x.dtype), x, 1)).astype(d.dtype)  # noqa: E731
+        step = jax.tree.map(made, basis, direction)
+        predicted = steepness * (steepness * (weights @ slopes - 0.5 * weights @ (matrix @ weights)))
+        factors = steepness * weights / jnp.stack([size, last_size])
+        return step, QuadraticStepState(
+            step=where(fine, step, state.step),
+            learning_rate=factors[0].astype(state.learning_rate.dtype),
+            momentum=factors[1].astype(state.momentum.dtype),
+            predicted=jnp.where(fine, predicted, 0).astype(state.predicted.dtype),
+            inner=inner_state,
+        )
+
+    return wrap(inner, init_fn, update_fn)
+
+
+def _unit(tree: PyTree) -> tuple[PyTree, Array]:
+    """The vector by its largest entry, and that; 1 for a vector of zeros."""
+    tree = _tree.raised(tree)
+    largest = _tree.largest(tree)
+    size = jnp.where(largest > 0, largest, 1)
+    return jax.tree.map(lambda x: x / size.astype(_tree.real_dtype(x.dtype)), tree), size
+
+
+class GeodesicState(NamedTuple):
+    """State of `geodesic`.
+
+    Attributes:
+        bend: ‖½Γ(s, s)‖_G / ‖s‖_G at the last step, how far the path bends on the way.
+        inner: state of the inner transformation.
+    """
+
+    bend: Array
+    inner: Any
 
 
 def geodesic(
@@ -199,15 +345,19 @@ def geodesic(
         >>> tx = ng.transforms.with_metric(ng.metrics.pullback(f), rule)
         >>> x = jnp.array([0.0])
         >>> step, state = tx.update(jax.grad(lambda x: jnp.sum(f(x)))(x), tx.init(x), x)
-        >>> round(float(step[0]), 6)  # −log(1 − 0.1) = 0.105361
+        >>> round(float(step[0]), 4)  # along the geodesic: −log(1 − 0.1) = 0.1054
         0.105
 
     Reference: Transtrum, Sethna, "Improvements to the Levenberg–Marquardt algorithm for nonlinear least-squares
     minimization" (2012), section 4; Song, Song, Ermon, "Accelerating natural gradient with higher-order invariance"
     (2018), section 4.
     """
-    require_operator_argument(inner, "geodesic")
-    check_positive(learning_rate, "learning_rate", "step size")
+    if not getattr(getattr(inner, "update", None), "innermost", False):
+        raise TypeError(
+            f"inner: geodesic expected precondition(solver, damping), got {inner!r}. It solves for a second right-hand "
+            "side, which a wrapper would take for a gradient; put wrappers around geodesic, and learning_rate= in here."
+        )
+    check_step_size(learning_rate)
     check_positive(max_bend, "max_bend", "ratio of lengths")
     if not callable(f) or isinstance(f, type):
         raise TypeError(f"f: expected a function f(params) with G = c·JᵀJ, got {f!r}")
@@ -220,13 +370,11 @@ def geodesic(
     ) -> tuple[PyTree, GeodesicState]:
         if params is None:
             raise ValueError("params: geodesic differentiates f there; call update(grads, state, params)")
-        factor = factor_of(inner)
-        given = extra_args | {"operator": operator}
-        if factor is not None and given.get("factored") is None:
-            given["factored"] = factor(operator, params, extra_args.get("full_params"))
+        check_given(operator, "geodesic")
+        given = factored_once(inner, operator, params, extra_args)
         direction, inner_state = inner.update(updates, state.inner, params, **given)
         step = scaled(direction, learning_rate)
-        full_params, data = extra_args.get("full_params"), data_for(f, extra_args)
+        full_params, data = extra_args.get("full_params"), data_for(f, "f", extra_args)
         theta = _tree.raised(params)
         along = lambda theta: f(merged(theta, full_params), **data)  # noqa: E731
         velocity = cast_like(step, theta)
@@ -251,5 +399,5 @@ def geodesic(
 
 def _no_residual(operator: Operator) -> Array | None:
     """A residual that explains no gradient, in place of the operator's own."""
-    residual = getattr(operator, "residual", None)
+    residual = getattr(operator.parts if isinstance(operator, RealParts) else operator, "residual", None)
     return None if residual is None else jnp.zeros_like(residual)

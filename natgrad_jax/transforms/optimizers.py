@@ -9,6 +9,7 @@ from natgrad_jax.damping import Number, Rule
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms.core import Transformation, precondition, scale_step, with_metric
 from natgrad_jax.transforms.lengths import trust_region
+from natgrad_jax.transforms.shared import check_number
 
 
 def scale_by_metric(
@@ -47,7 +48,7 @@ def natural_gradient(
     """Natural gradient descent: θ ← θ − η (G + λD)⁻¹ ∇L, with ½sᵀGs ≤ max_kl for the whole step s.
 
     Args:
-        learning_rate: η > 0, a number or a schedule; dimensionless. 1 is exact for L quadratic with Hessian G.
+        learning_rate: η ≥ 0, a number or a schedule; dimensionless. 1 is exact for L quadratic with Hessian G.
         metric: metric(params, **data) -> operator, such as `metrics.fisher(log_prob, support)`; None for one that each
             `update` is given as `operator=`.
         solver: one of `solvers`; None picks by structure.
@@ -70,6 +71,8 @@ def natural_gradient(
 
     Reference: Amari, "Natural gradient works efficiently in learning" (1998), theorem 1.
     """
+    if not callable(learning_rate):
+        check_number(learning_rate, "learning_rate")
     if not callable(learning_rate) and surely(learning_rate, lambda x: not x >= 0):
         raise ValueError(
             f"learning_rate: expected a number ≥ 0 or a schedule, got {learning_rate}; "

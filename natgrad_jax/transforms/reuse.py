@@ -12,7 +12,7 @@ from jax import Array
 from natgrad_jax._tree import PyTree, all_finite, cast_like, where
 from natgrad_jax.operators import Blocks, Dense, Diagonal, Kronecker, Operator, RealParts
 from natgrad_jax.transforms.core import Source, Transformation, driven, driving, factor_of, hand_to
-from natgrad_jax.transforms.shared import check_count, check_decay
+from natgrad_jax.transforms.shared import check_count, check_part
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def _in_any_lane(_: int, in_batched: list[bool], flag: Array) -> tuple[Array, bo
 def every_k(inner: Transformation, k: int, *, like: dict[str, Any] | None = None) -> Transformation:
     """Evaluates the metric, and factorises it, on every k-th step only; in between both are kept.
 
-    Nearly all of a step's cost is the metric and its factorisation, and G changes slowly: k = 10 is ten times cheaper
-    in that part, eagerly, under `jit`, `scan` and `vmap`, where it is refreshed for all lanes when one is due. An
-    operator that is not finite does not replace one that is; it is asked for again on the next step.
+    Nearly all of a step's cost is the metric and its factorisation, and G changes slowly. Both are left out in between,
+    eagerly, under `jit`, `scan` and `vmap`, where they are refreshed for all lanes when one is due
+    (`python -m benchmarks transforms`). The state holds the operator: donate it, or a loop copies it. An operator that
+    is not finite does not replace one that is; it is asked for again on the next step.
 
     Args:
         inner: `scale_by_metric(...)`, `natural_gradient(...)`, `with_metric(...)` or `average(...)`.
@@ -201,7 +202,7 @@ def average(inner: Transformation, decay: float = 0.95, *, like: dict[str, Any] 
         3.0 2.0
     """
     source, handed = _driven(inner, "average")
-    check_decay(decay)
+    check_part(decay, "decay")
 
     def init_at(params: PyTree) -> tuple[Array, Operator, Any]:
         start = source.init(params)
@@ -300,7 +301,8 @@ def _driven(inner: Transformation, name: str) -> tuple[Source, Transformation]:
     if found is None:
         raise TypeError(
             f"inner: {name} expected what evaluates a metric, scale_by_metric(...), natural_gradient(...) or "
-            f"with_metric(...), got {type(inner).__name__}. Put it around that, and chain afterwards."
+            f"with_metric(...), got {type(inner).__name__}. Put it around that, and chain afterwards; what is averaged "
+            "and kept is every_k(average(...), k)."
         )
     return found
 
@@ -323,11 +325,11 @@ def _zeros_of(evaluated: Callable[[dict[str, Any]], Any], like: dict[str, Any] |
 
 def _like(new: Any, old: Any, name: str) -> Any:
     """`new` in the dtypes of `old`; a `ValueError` if the state was made for another."""
-    shapes = [(jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]) for tree in (new, old)]
-    if shapes[0] != shapes[1]:
+    (was, before), (now, after) = ((jax.tree.structure(x), [*map(jnp.shape, jax.tree.leaves(x))]) for x in (old, new))
+    if (was, before) != (now, after):
         raise ValueError(
-            f"like: {name} was made for an operator {jax.tree.map(jnp.shape, old)}, and the metric returned "
-            f"{jax.tree.map(jnp.shape, new)}; the data of update and those in like={{...}} must have equal shapes"
+            f"like: {name} was made for arrays of shapes {before}, and the metric returned {after}; the data of "
+            "update and those in like={...} must have equal shapes"
         )
     return cast_like(new, old)
 

@@ -13,13 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_jax import _tree, solvers
-from natgrad_jax import damping as damping_rules
-from natgrad_jax._tree import PyTree, all_finite, cast_like, surely, where
+from natgrad_jax import _tree
+from natgrad_jax._tree import PyTree, Space, all_finite, cast_like, surely, where
 from natgrad_jax.damping import Number
-from natgrad_jax.operators import Dense, Operator
-from natgrad_jax.transforms.core import Transformation, of_metric, require_operator_argument, scaled, wrap
-from natgrad_jax.transforms.shared import check_positive, data_for, gradient_of, merged, restarted, zero_of
+from natgrad_jax.operators import Operator
+from natgrad_jax.transforms.core import Transformation, factored_once, require_operator_argument, scaled, wrap
+from natgrad_jax.transforms.shared import (
+    check_count,
+    check_part,
+    check_positive,
+    check_step_size,
+    data_for,
+    gradient_of,
+    merged,
+    restarted,
+    zero_of,
+)
 
 Numbers = Sequence[float] | Array | np.ndarray
 
@@ -81,7 +90,7 @@ class Objective(NamedTuple):
         if params is None:
             raise ValueError(f"params: {name} evaluates the loss near them; call update(grads, state, params)")
         full_params = extra_args.get("full_params")
-        data = data_for(value_fn, extra_args)
+        data = data_for(value_fn, "value_fn", extra_args)
 
         def loss(params: PyTree) -> Array:
             return _scalar(value_fn(merged(params, full_params), **data), "value_fn")
@@ -93,9 +102,10 @@ class Objective(NamedTuple):
 
     def noise(self, operator: Operator, params: PyTree) -> Array:
         """A decrease that is all rounding: of L, and of the residuals r in it, ‖δr‖ ≈ eps ‖θ‖_G where L is ½‖r‖²."""
-        size = jnp.abs(self.value)
+        size, eps = jnp.abs(self.value), float(jnp.finfo(self.value.dtype).eps)
+        coarsest = max((float(jnp.finfo(kind).eps) for kind in Space.of(params).dtypes), default=eps)
         inside = jnp.sqrt(2 * size) * operator.norm(params).astype(size.dtype)
-        return ROUNDINGS * jnp.finfo(self.value.dtype).eps * (size + inside)
+        return ROUNDINGS * (eps * size + max(eps, coarsest) * inside)
 
 
 def _scalar(value: Any, name: str) -> Array:
@@ -118,8 +128,9 @@ class LevenbergMarquardtState(NamedTuple):
     Attributes:
         damping: λ of the next step.
         growth: the factor by which the next rejection multiplies it.
-        rejected: steps not taken.
-        ratio: the gain ratio of the last step, actual over predicted decrease; 0 for a step that is not finite.
+        rejected: steps not taken, but for those whose effect is all rounding.
+        ratio: the gain ratio of the last step, actual over predicted decrease; 1 where both are rounding, 0 for a step
+            that is not finite.
         progress: `Progress`.
         inner: state of the inner transformation.
     """
@@ -152,7 +163,7 @@ def levenberg_marquardt(
         accept: the least gain ratio, between 0 and 1.
 
     `update` needs `value_fn`, and takes `value` and `grad` (see the module). One value of the loss, or two without
-    `value`, and one product with G are what it costs beside the solve.
+    `value`, and two products with G are what it costs beside the solve. A rejected step brings momenta inside to rest.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -174,9 +185,8 @@ def levenberg_marquardt(
     name = "levenberg_marquardt"
     require_operator_argument(inner, name)
     check_positive(damping, "damping", "λ")
-    check_positive(learning_rate, "learning_rate", "step size")
-    if not 0 <= accept < 1:
-        raise ValueError(f"accept: expected a gain ratio between 0 and 1, got {accept}")
+    check_step_size(learning_rate)
+    check_part(accept, "accept")
 
     def init_fn(params: PyTree) -> LevenbergMarquardtState:
         one, zero = zero_of(params) + 1, jnp.zeros((), jnp.int32)
@@ -297,15 +307,15 @@ def damping_grid(
         dampings: the λ ≥ 0, dimensionless for relative damping; None for every half decade from 10⁴ down to
             the precision of the parameters.
         learning_rate: > 0.
-        chunk_size: steps that are tried at a time; None for all at once, which takes the memory of as many evaluations
-            of the loss.
+        chunk_size: values of the loss at a time; None for all at once. The steps are kept until the best is known, one
+            for each λ.
 
     `update` needs `value_fn`, and takes `value` and `grad` (see the module).
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import natgrad_jax as ng
-        >>> loss = lambda x: jnp.sum(jnp.log(jnp.cosh(x)))  # where a step of Newton from 2 is 27 long
+        >>> loss = lambda x: jnp.sum(jnp.log(jnp.cosh(x)))  # where a step of Newton from 2 is 13.6 long
         >>> tx = ng.transforms.damping_grid(ng.transforms.precondition(), [0.0, 1.0, 10.0])
         >>> x = jnp.array([2.0])
         >>> G = ng.operators.Diagonal(1 - jnp.tanh(x) ** 2)
@@ -315,11 +325,10 @@ def damping_grid(
     """
     name = "damping_grid"
     require_operator_argument(inner, name)
-    check_positive(learning_rate, "learning_rate", "step size")
+    _check_chunk(chunk_size)
+    check_step_size(learning_rate)
     if dampings is not None:
-        dampings = jnp.asarray(dampings)
-        if dampings.ndim != 1 or not dampings.size or surely(dampings, lambda x: not np.all(x >= 0)):
-            raise ValueError(f"dampings: expected a sequence of numbers λ ≥ 0, got {dampings}")
+        _check_numbers(dampings, "dampings", "λ ≥ 0", lambda x: np.all(x >= 0))
 
     def grid(dtype: Any) -> Array:
         if dampings is not None:
@@ -337,9 +346,10 @@ def damping_grid(
         refuse_damping(name, extra_args)
         objective = Objective.of(name, params, extra_args)
 
+        given = factored_once(inner, operator, params, extra_args)
+
         def tried(strength: Array) -> tuple[Array, PyTree, Any]:
-            given = extra_args | {"operator": operator, "damping": strength}
-            direction, inner_state = inner.update(updates, state.inner, params, **given)
+            direction, inner_state = inner.update(updates, state.inner, params, **given | {"damping": strength})
             step = scaled(direction, learning_rate)
             return objective.after(step), step, inner_state
 
@@ -358,6 +368,17 @@ def damping_grid(
         )
 
     return wrap(inner, init_fn, update_fn)
+
+
+def _check_numbers(numbers: Any, name: str, what: str, condition: Callable[[Any], Any]) -> None:
+    known = isinstance(numbers, Sequence | np.ndarray | Array) and not isinstance(numbers, str)
+    if not known or np.ndim(numbers) != 1 or not np.size(numbers) or surely(numbers, lambda x: not condition(x)):
+        raise ValueError(f"{name}: expected a sequence of numbers {what}, got {numbers!r}")
+
+
+def _check_chunk(chunk_size: int | None) -> None:
+    if chunk_size is not None:
+        check_count(chunk_size, "chunk_size", "steps at a time")
 
 
 def _best(values: Array, now: Array) -> tuple[Array, Array]:
@@ -393,9 +414,9 @@ def grid_search(
     """
     name = "grid_search"
     require_operator_argument(inner, name)
+    _check_chunk(chunk_size)
     factors: Any = np.exp2(-np.arange(31.0)) if steps is None else steps
-    if np.ndim(factors) != 1 or not np.size(factors) or surely(factors, lambda x: not np.all(x > 0)):
-        raise ValueError(f"steps: expected a sequence of numbers > 0, got {factors}; 0 is always among them")
+    _check_numbers(factors, "steps", "> 0 (0 is always among them)", lambda x: np.all(x > 0))
 
     def search(objective: Objective, direction: PyTree, slope: Array) -> tuple[Array, Array]:
         del slope
@@ -441,18 +462,16 @@ def backtracking(
     """
     name = "backtracking"
     require_operator_argument(inner, name)
-    check_positive(learning_rate, "learning_rate", "step size")
+    check_step_size(learning_rate)
     for what, x in (("shrink", shrink), ("decrease", decrease)):
-        if not 0 < x < 1:
-            raise ValueError(f"{what}: expected a number between 0 and 1, got {x}")
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps: expected a number of values ≥ 1, got {max_steps!r}")
+        check_part(x, what, least=False)
+    check_count(max_steps, "max_steps", "values of the loss")
 
     def search(objective: Objective, direction: PyTree, slope: Array) -> tuple[Array, Array]:
         def unfinished(state: tuple[Array, Array, Array]) -> Array:
             k, size, value = state
             enough = value <= objective.value - decrease * size * slope
-            return (k < max_steps) & ~(enough & jnp.isfinite(value))
+            return (slope > 0) & (k < max_steps) & ~(enough & jnp.isfinite(value))
 
         def shorter(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             k, size, _ = state
@@ -461,7 +480,8 @@ def backtracking(
         size = jnp.asarray(learning_rate, objective.value.dtype)
         start = jnp.zeros((), jnp.int32), size, objective.after(scaled(direction, size))
         found = jax.lax.while_loop(unfinished, shorter, start)
-        failed = unfinished((jnp.zeros((), jnp.int32), *found[1:]))
+        # Uphill no length is short enough.
+        failed = ~(slope > 0) | unfinished((jnp.zeros((), jnp.int32), *found[1:]))
         return jnp.where(failed, 0, found[1]), jnp.where(failed, objective.value, found[2])
 
     return _search_of_length(name, inner, search)
@@ -489,101 +509,5 @@ def _search_of_length(name: str, inner: Transformation, search: Callable[..., tu
         taken = (size > 0) | ~(_tree.largest(direction) > 0)
         kept = where(taken, reached, restarted(state.inner))
         return step, StepSearchState(size.astype(state.step_size.dtype), progress, kept)
-
-    return wrap(inner, init_fn, update_fn)
-
-
-class QuadraticStepState(NamedTuple):
-    """State of `quadratic_step`.
-
-    Attributes:
-        step: the last one.
-        learning_rate: α of the last step.
-        momentum: μ of the last step.
-        predicted: the decrease of the loss by the quadratic model.
-        inner: state of the inner transformation.
-    """
-
-    step: PyTree
-    learning_rate: Array
-    momentum: Array
-    predicted: Array
-    inner: Any
-
-
-def quadratic_step(
-    inner: Transformation, metric: Any = None, *, damping: Any = None, learning_rate: Number = 1.0
-) -> Transformation:
-    """Learning rate and momentum from the quadratic model: the best combination of the direction and of the last step.
-
-        (α, μ) = argmax gᵀs − ½sᵀ(G + λD)s,    s = α d + μ s₋₁
-
-    Two products with G and a 2 × 2 system. Its use is a cheap direction, from a diagonal or Kronecker-factored
-    `inner`, whose length only exact products know. From the same G with the same damping it would find α = 1 and μ = 0,
-    what d minimises already; from G without damping it takes back along d what the damping has shortened.
-
-    Args:
-        inner: takes `operator`.
-        metric: metric(params, **data) -> the operator G of the model, such as `gauss_newton(..., matrix_free=True)`;
-            None for the one that `inner` solves.
-        damping: a number (relative) or a rule of `damping` for the model; None for none.
-        learning_rate: multiplies s, > 0.
-
-    No value of the loss is needed, but the last step is taken for granted: only `optax.scale(-1.0)` may follow.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import natgrad_jax as ng
-        >>> G = jnp.array([[2.0, 1.0], [1.0, 2.0]])
-        >>> exact = lambda params: ng.operators.Dense(G)
-        >>> tx = ng.transforms.quadratic_step(ng.transforms.precondition(), exact)
-        >>> x, state = jnp.array([1.0, 0.0]), tx.init(jnp.zeros(2))
-        >>> for _ in range(2):  # conjugate gradients: as many steps as dimensions
-        ...     s, state = tx.update(G @ x, state, x, operator=ng.operators.Diagonal(jnp.array([2.0, 3.0])))
-        ...     x = x - s
-        >>> bool(jnp.all(jnp.abs(x) < 1e-6))
-        True
-
-    Reference: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (2015),
-    section 7.
-    """
-    require_operator_argument(inner, "quadratic_step")
-    check_positive(learning_rate, "learning_rate", "step size")
-    source = None if metric is None else of_metric(metric)
-    rule = damping_rules.as_rule(damping)
-
-    def init_fn(params: PyTree) -> QuadraticStepState:
-        zero = zero_of(params)
-        return QuadraticStepState(jax.tree.map(jnp.zeros_like, params), zero, zero, zero, inner.init(params))
-
-    def update_fn(
-        updates: PyTree, state: QuadraticStepState, params: PyTree | None = None, *, operator: Any = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, QuadraticStepState]:  # fmt: skip
-        direction, inner_state = inner.update(updates, state.inner, params, operator=operator, **extra_args)
-        if not jax.tree.leaves(updates):
-            return direction, state._replace(inner=inner_state)
-        model = operator if source is None else source.at((), updates, params, extra_args)[0]
-        g = _tree.raised(gradient_of(updates, extra_args))
-        basis = jax.tree.map(lambda d, s: jnp.stack([d, s]), _tree.raised(direction), _tree.raised(state.step))
-        resolved = damping_rules.at(rule, params, extra_args.get("full_params"))
-        strength = None if resolved is None else extra_args.get("damping")
-        products = jax.vmap(solvers.damped_product(model, resolved, strength))(basis)
-        dots = jax.vmap(_tree.vdot, (0, None))
-        slopes = dots(basis, g)
-        matrix = jax.vmap(lambda gv: dots(basis, gv))(products)
-        # A direction that is zero is a dead coordinate, and two that are parallel share the step.
-        best = solvers.solve(Dense((matrix + matrix.T) / 2), slopes, solver=solvers.eigh())
-        fine = best.converged & all_finite(basis) & all_finite(slopes)
-        weights = jnp.where(fine, best.value * learning_rate, 0)
-        step = jax.tree.map(lambda x, d: jnp.tensordot(weights.astype(x.dtype), x, 1).astype(d.dtype), basis, direction)
-        predicted = weights @ slopes - 0.5 * weights @ (matrix @ weights)
-        return step, QuadraticStepState(
-            step=where(fine, step, state.step),
-            learning_rate=weights[0].astype(state.learning_rate.dtype),
-            momentum=weights[1].astype(state.momentum.dtype),
-            predicted=jnp.where(fine, predicted, 0).astype(state.predicted.dtype),
-            inner=inner_state,
-        )
 
     return wrap(inner, init_fn, update_fn)

@@ -1,22 +1,21 @@
 """What the pieces share: arguments of an update, checks, the step that was not taken."""
 
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, surely, unmasked
 
-# What update is given for the transformations themselves, never data of somebody's function.
-OURS = {"value", "grad", "value_fn", "damping", "operator", "residual", "factored"}
-
-
-MOMENTA = {"velocity", "step"}  # fields of states that carry the last step on
+# What update is given for the transformations themselves, and never data of somebody's metric or loss.
+RESERVED = {"value", "grad", "value_fn", "damping", "operator", "residual", "factored", "full_params"}
 
 
 def zero_of(params: PyTree) -> Array:
@@ -36,10 +35,17 @@ def not_taken(g: PyTree, direction: PyTree) -> Array:
     return (_tree.largest(direction) == 0) & ~(_tree.largest(g) == 0)
 
 
-def data_for(f: Callable[..., Any], extra_args: dict[str, Any]) -> dict[str, Any]:
-    """Those of the extra arguments of an update that f names beyond its first."""
-    names = [name for name in list(inspect.signature(f).parameters)[1:] if name not in OURS]
-    return {name: extra_args[name] for name in names if name in extra_args}
+def data_for(f: Callable[..., Any], name: str, extra_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of the extra arguments of an update that f names beyond its first; an error that names what is missing."""
+    named = [
+        p for p in list(inspect.signature(f).parameters.values())[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    data = {p.name: extra_args[p.name] for p in named if p.name in extra_args and p.name not in RESERVED}
+    missing = [p.name for p in named if p.default is p.empty and p.name not in data]
+    if missing:
+        reserved = " (a reserved name; choose another)" if missing[0] in RESERVED else ""
+        raise TypeError(f"{missing[0]}{reserved}: {name} needs it; call update(grads, state, params, {missing[0]}=...)")
+    return data
 
 
 def merged(params: PyTree, full_params: PyTree | None) -> PyTree:
@@ -55,28 +61,46 @@ def merged(params: PyTree, full_params: PyTree | None) -> PyTree:
     return jax.tree.map(lambda x, y: y if hidden(x) else x, params, full_params, is_leaf=hidden)
 
 
-def check_decay(decay: float) -> None:
-    """A `ValueError` unless the decay is between 0 and 1."""
-    if jnp.ndim(decay) != 0 or surely(decay, lambda x: not 0 <= x < 1):
-        raise ValueError(f"decay: expected a number between 0 and 1, 1 excluded, got {decay}")
+def check_number(x: Any, name: str) -> None:
+    """A `TypeError` or a `ValueError` unless x is one number."""
+    if not isinstance(x, int | float | np.number | np.ndarray | Array):
+        cure = "; a schedule of the step size goes into scale_step(inner, schedule)" if callable(x) else ""
+        raise TypeError(f"{name}: expected a number, got {x!r}{cure}")
+    if jnp.ndim(x) != 0:
+        raise ValueError(f"{name}: expected one number, got an array of shape {jnp.shape(x)}")
 
 
 def check_positive(x: Any, name: str, what: str) -> None:
-    """A `ValueError` if x can be seen not to be a positive number."""
-    if jnp.ndim(x) != 0 or surely(x, lambda x: not x > 0):
-        raise ValueError(f"{name}: expected a positive {what}, got {x}; the minus sign of descent comes afterwards")
+    """An error if x can be seen not to be a positive number."""
+    check_number(x, name)
+    if surely(x, lambda x: not x > 0):
+        raise ValueError(f"{name}: expected a positive {what}, got {x}")
+
+
+def check_step_size(x: Any) -> None:
+    """An error if the learning rate can be seen not to be a positive number."""
+    check_number(x, "learning_rate")
+    if surely(x, lambda x: not x > 0):
+        raise ValueError(
+            f"learning_rate: expected a positive number, got {x}; the minus sign of descent comes afterwards, "
+            "optax.scale(-1.0)"
+        )
+
+
+def check_part(x: Any, name: str, *, least: bool = True) -> None:
+    """An error if x can be seen not to lie between 0 and 1; with `least`, 0 is allowed."""
+    check_number(x, name)
+    if surely(x, lambda x: not (x >= 0 if least else x > 0) or not x < 1):
+        raise ValueError(f"{name}: expected a number between 0 and 1, {'1' if least else 'both'} excluded, got {x}")
 
 
 def check_count(k: Any, name: str, what: str) -> None:
     """A `ValueError` unless k is a positive whole number."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"{name}: expected a number of {what} ≥ 1, got {k!r}")
 
 
 def restarted(state: Any) -> Any:
     """The state with every momentum in it at rest: one that led to a rejected step would lead to it again."""
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        kept: Any = type(state)(*map(restarted, state))
-        rest = {name: jax.tree.map(jnp.zeros_like, getattr(kept, name)) for name in kept._fields if name in MOMENTA}
-        return kept._replace(**rest)
-    return type(state)(map(restarted, state)) if isinstance(state, tuple | list) else state
+    state = state.at_rest() if hasattr(state, "at_rest") else state
+    return state._replace(inner=restarted(state.inner)) if hasattr(state, "inner") else state
