@@ -107,6 +107,7 @@ def test_the_promised_names_exist():
         operators.LowRank operators.Closed operators.add operators.scale
         solvers.cholesky solvers.eigh solvers.qr solvers.row_space solvers.cg solvers.diagonal solvers.kronecker
         solvers.auto solvers.solve families.gaussian_full_rank families.gaussian_mean_field families.bernoulli
+        families.gaussian_low_rank families.categorical families.chart families.product families.gaussian_mixture
         transforms.with_metric transforms.precondition transforms.trust_region transforms.retract
         transforms.normalise transforms.levenberg_marquardt transforms.quadratic_step transforms.damping_grid
         transforms.grid_search transforms.backtracking transforms.spring transforms.heavy_ball transforms.geodesic

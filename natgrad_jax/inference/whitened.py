@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax._tree import where
-from natgrad_jax.families import LOG_2PI
+from natgrad_jax.families.shared import LOG_2PI
 
 FIRST_RADIUS = 0.5  # nats: KL of the first step, and the radius to fall back to
 GROWTH = 4.0  # of the radius, while it binds and the gain is as predicted
