@@ -279,7 +279,9 @@ def test_complex_parameters(name, float64):
         tx = {
             "natural_gradient": natural, "every_k": transforms.every_k(natural, 2, like={"samples": samples})
         }.get(name)  # fmt: skip
-        tx = tx or descending(getattr(transforms, name)(inner), metric)
+        # An undamped model of a singular metric takes steps of 10¹⁷, and their rounding with them.
+        options = {"damping": 0.2} if name == "quadratic_step" else {}
+        tx = tx or descending(getattr(transforms, name)(inner, **options), metric)
         state, g = tx.init(params), lambda p: convention(jax.grad(value_fn)(p))
         update = jax.jit(lambda p, s: tx.update(g(p), s, p, samples=samples, value_fn=value_fn))
         for _ in range(3):

@@ -223,6 +223,9 @@ def _acting(solver: Any, operator: Operator, rule: Rule | None, strength: Number
 
 def damped_product(operator: Operator, rule: Rule | None, strength: Number | None = None) -> Product:
     """v ↦ (G + λD)v; the operator is linearised once for all v."""
+    if isinstance(operator, RealParts):
+        on_parts = damped_product(operator.parts, _on_parts(rule, operator), strength)
+        return lambda v: _tree.complex_of(on_parts(_tree.real_parts(v)), operator.space)
     product = operator.product()
     strength = strength if rule is None or strength is not None else rule.strength
     if rule is None or surely(strength, lambda x: x == 0):
