@@ -1,6 +1,6 @@
 """Natural gradients for JAX: any metric × any solver, as an optax transformation."""
 
-from natgrad_jax import damping, families, inference, metrics, operators, problems, solvers, transforms
+from natgrad_jax import adapters, damping, families, inference, metrics, operators, problems, solvers, transforms
 from natgrad_jax.inference import fit
 from natgrad_jax.metrics import check_fisher, fisher_matrix
 from natgrad_jax.operators import report
@@ -9,6 +9,7 @@ from natgrad_jax.transforms import natural_gradient, scale_by_metric
 __version__ = "0.1.0"
 
 __all__ = [
+    "adapters",
     "check_fisher",
     "damping",
     "families",

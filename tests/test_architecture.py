@@ -21,6 +21,7 @@ ALLOWED = {
     "families": {"_tree", "operators"},
     "transforms": {"_tree", "operators", "damping", "metrics", "solvers", "families"},
     "inference": {"_tree", "operators", "damping", "metrics", "solvers", "families", "transforms"},
+    "adapters": {"_tree", "families", "transforms"},
     "problems": {"_tree", "families"},
 }
 SHOWROOMS = {"__init__", "__main__", "demo"}
@@ -32,7 +33,8 @@ HELPERS = {
     "solvers.check_solver", "solvers.damped_product",
 }  # fmt: skip
 PUBLIC = [
-    "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems", "solvers", "transforms"
+    "adapters", "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems", "solvers",
+    "transforms",
 ]  # fmt: skip
 
 
