@@ -204,6 +204,133 @@ def test_nothing_cancels_at_large_concentrations(name):
     np.testing.assert_allclose(steps[0], steps[1], rtol=2e-4)
 
 
+@pytest.mark.parametrize(("name", "size"), [("gamma", 30), ("inverse gamma", 30), ("wishart", 300), ("von mises", 30)])
+def test_the_mean_is_inverted_far_out_in_float32(name, size):
+    """Concentrations of 900: powers of x in a derivative of a series would not be floats."""
+    fam, params, _ = row(name, np.dtype("float32"))
+    params = jax.tree.map(lambda x: x * size if x.ndim < 2 and name != "von mises" else x, params)
+    params = params._replace(concentration=30 * params.concentration) if name == "von mises" else params
+    assert error(fam.to_mean(fam.from_mean(fam.to_mean(params))), fam.to_mean(params)) < 1e-5
+
+
+@pytest.mark.parametrize("at", [12.0, 60.0])
+@pytest.mark.parametrize("f", [special.excess_trigamma, special.log_minus_digamma, special.bessel_gap,
+                               special.bessel_slope, special.defect, special.log_bessel])  # fmt: skip
+def test_derivatives_join_where_the_series_begin(f, at, float64):
+    slopes = [float(jax.grad(f)(jnp.asarray(at * (1 + side)))) for side in (-1e-9, 0, 1e-9)]
+    np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_couplings_are_found_from_any_means(seed, float64):
+    rng = np.random.default_rng(seed)
+    family = ng.families.boltzmann(3)
+    params = ng.families.BoltzmannParams(jnp.asarray(1.5 * rng.normal(size=3)), jnp.asarray(1.5 * rng.normal(size=3)))
+    assert error(family.from_mean(family.to_mean(params)), params) < 1e-5
+
+
+@pytest.mark.parametrize("kappa", [jnp.nan, jnp.inf, 1e30])
+def test_angles_are_drawn_or_nan_but_not_for_ever(kappa):
+    params = ng.families.VonMisesParams(jnp.zeros(2), jnp.array([kappa, 1.0]))
+    x = ng.families.von_mises(2).sample(params, jax.random.key(0), 3)
+    assert np.isfinite(x[:, 1]).all() and np.isfinite(x[:, 0]).all() == np.isfinite(kappa)
+
+
+@pytest.mark.parametrize("name", ["full rank", "precision", "banded", "wishart", "matrix normal", "block diagonal"])
+@pytest.mark.parametrize("far", [1e3, -1e3])
+def test_repeated_far_steps_stay_inside(name, far):
+    fam, params, _ = row(name, np.dtype("float32"))
+    for _ in range(8):
+        step = jax.tree.map(lambda x: jnp.clip(far * x, -1e38, 1e38), params)
+        params = fam.retract(params, step)
+        assert np.isfinite(flat(params)).all()
+    factor = {"banded": lambda p: p.bands[:, 0], "block diagonal": lambda p: jnp.diagonal(p[0].scale_tril)}
+    assert (factor.get(name, lambda p: jnp.diagonal(p[-1]))(params) > 0).all()
+
+
+def test_classes_without_probability_have_no_step():
+    c, p = ng.families.categorical(3), jnp.array([0.0, 0.5, -95.0])
+    g = jax.grad(c.entropy)(p)
+    for family, params, slope in (
+        (c, p, g), (ng.families.categorical(3, minimal=True), p[::2] - p[1], g[::2]),
+    ):  # fmt: skip
+        step = solvers.solve(family.fisher(params), slope)
+        assert bool(step.converged) and np.isfinite(flat(step.value)).all() and float(step.value[-1]) == 0
+    mixture = ng.families.gaussian_mixture(2, 3)
+    params = mixture.init()._replace(logits=p)
+    g = jax.grad(mixture.log_prob)(params, jnp.array([0.3, 0.4]))
+    step = solvers.solve(mixture.fisher(params), g)
+    assert bool(step.converged) and np.isfinite(flat(step.value)).all() and flat(step.value).any()
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_a_factor_that_is_far_larger_than_the_rest(scale):
+    """log q of an x in the range of B, float32 against float64."""
+    fam = ng.families.gaussian_low_rank(3, 1)
+    results = []
+    for dtype in (jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            factor = scale * jnp.asarray([[1.0], [-0.5], [0.25]], dtype)
+            params = ng.families.LowRankParams(jnp.zeros(3, dtype), jnp.asarray([0.1, 0.2, -0.1], dtype), factor)
+            x = 0.7 * factor[:, 0] + jnp.asarray([0.5, 0.0, -1.0], dtype)
+            value, g = jax.value_and_grad(fam.log_prob)(params, x)
+            results.append([float(value), *flat(g.log_scale)])
+    np.testing.assert_allclose(results[0], results[1], rtol=0.02 * scale / 1e4, atol=2e-2)
+
+
+def test_draws_lie_inside_the_support():
+    for family, params in (
+        (ng.families.gamma(1), ng.families.GammaParams(jnp.full(1, 0.01), jnp.full(1, 10.0))),
+        (ng.families.inverse_gamma(1), ng.families.InverseGammaParams(jnp.full(1, 0.01), jnp.full(1, 10.0))),
+        (ng.families.dirichlet(3), jnp.array([0.01, 0.01, 3.0])),
+        (ng.families.wishart(3), ng.families.WishartParams(jnp.array(2.1), jnp.eye(3))),
+    ):
+        x = family.sample(params, jax.random.key(0), 1000)
+        log_q = jax.vmap(lambda x: family.log_prob(params, x))(x)  # noqa: B023
+        # A Wishart matrix of a condition beyond float32 has lost its smallest eigenvalue.
+        assert np.isfinite(np.asarray(log_q)).mean() >= (0.6 if x.ndim == 3 else 1)
+
+
+def test_equal_families_have_operators_of_one_structure(dtype):
+    build = [one.family.fisher for one in FAMILIES.values()] + [ng.families.gaussian_mixture(2, 3).fisher]
+    params = [row(name, dtype)[1] for name in FAMILIES] + [ng.families.gaussian_mixture(2, 3).init()]
+    for fisher, p in zip(build, params, strict=True):
+        assert jax.tree.structure(fisher(p)) == jax.tree.structure(fisher(p))
+    assert jax.tree.structure(ng.families.wishart(2).fisher(ng.families.wishart(2).init())) == jax.tree.structure(
+        ng.families.wishart(2).fisher(ng.families.wishart(2).init())
+    )
+
+
+def test_the_start_has_the_dtype_of_what_is_given(float64):
+    f, loc = ng.families, np.zeros(2, np.float32)
+    for start in (
+        f.gaussian_full_rank(2).init(loc), f.gaussian_banded(2, 1).init(loc), f.gaussian_mixture(2, 2).init(loc),
+        f.gaussian_full_rank(2).init(scale=np.eye(2, dtype=np.float32)), f.von_mises(2).init(loc),
+    ):  # fmt: skip
+        assert {x.dtype for x in jax.tree.leaves(start)} == {np.dtype("float32")}
+    lower = f.gaussian_full_rank(2).init(scale=[[2, 0], [1, 1]]).scale_tril
+    assert lower.dtype == float64
+
+
+@pytest.mark.parametrize("failures", [1e-4, 0.01, 1.0, 1e3, 1e5])
+def test_the_entropy_of_counts_of_any_dispersion(failures, float64):
+    for mean in (0.1, 30.0):
+        log_q = scipy.stats.nbinom(failures, failures / (failures + mean)).logpmf(np.arange(2_000_000))
+        exact = -np.sum(np.where(log_q > -700, np.exp(log_q) * log_q, 0))
+        got = ng.families.negative_binomial(1, failures).entropy(jnp.array([mean]))
+        np.testing.assert_allclose(got, exact, rtol=1e-7 if failures >= 1e-2 else 2e-2)
+
+
+def test_a_step_through_a_chart_is_that_of_the_family():
+    """Where a variance has gone to 0 as well; the dual coordinates are those of the family."""
+    family = ng.families.bernoulli(2)
+    chart = ng.families.chart(family, lambda t: 2 * t, lambda t: t / 2)
+    params, g = jnp.array([120.0, 0.5]), jnp.array([0.0, 1.0])
+    inside = solvers.solve(family.fisher(params), g / 2).value
+    np.testing.assert_allclose(solvers.solve(chart.fisher(params / 2), g).value, inside / 2, rtol=1e-6)
+    np.testing.assert_allclose(chart.from_mean(chart.to_mean(params[1:] / 2)), params[1:] / 2, rtol=1e-6)
+
+
 def test_special_functions_join_their_series(float64):
     """Against scipy on both sides of the switch, and at the ends."""
     x = np.array([1e-3, 0.5, 3.0, 11.999, 12.001, 40.0, 1e3])
@@ -309,6 +436,7 @@ def test_a_hundred_dimensions_in_closed_form(seed, float64):
     assert error(solve(params, fam.fisher(params).mv(v)), v) < 1e-14 * np.linalg.cond(lower) ** 2
 
 
+MIXTURES = ng.families.product([ng.families.gaussian_mixture(1, 2)])
 MISTAKES = {
     "no dimension": (lambda: ng.families.gaussian_full_rank(0), ValueError, "gaussian_full_rank.*0"),
     "fractional dimension": (lambda: ng.families.gaussian_mean_field(1.5), ValueError, "gaussian_mean_field.*1.5"),
@@ -323,10 +451,26 @@ MISTAKES = {
     "support too large": (lambda: ng.families.bernoulli(30).support(), ValueError, "sample instead"),
     "rank beyond d": (lambda: ng.families.gaussian_low_rank(2, 3), ValueError, "rank: .*d = 2, got 3"),
     "band beyond d": (lambda: ng.families.gaussian_banded(3, 3), ValueError, "bandwidth: .*d = 3, got 3"),
-    "no blocks": (lambda: ng.families.gaussian_block_diagonal(()), ValueError, "gaussian_block_diagonal.*got 0"),
+    "no blocks": (lambda: ng.families.gaussian_block_diagonal(()), ValueError, "sizes: .*got ()"),
     "one class": (lambda: ng.families.categorical(1), ValueError, "categorical.*k ≥ 2, got 1"),
     "no failures": (lambda: ng.families.negative_binomial(1, 0.0), ValueError, "failures.*positive.*got 0"),
     "scale of counts": (lambda: ng.families.poisson(2).init(scale=1.0), ValueError, "scale: a Poisson family has none"),
+    "a batch for a point": (
+        lambda: ng.families.poisson(2).log_prob(ng.families.poisson(2).init(), jnp.zeros((5, 2))),
+        ValueError,
+        r"x: expected one point of shape \(2,\), got shape \(5, 2\).*vmap",
+    ),
+    "a negative scale": (lambda: ng.families.gaussian_mean_field(2).init(scale=-1.0), ValueError, "scale: .*positive"),
+    "a negative mean": (lambda: ng.families.gamma(2).init(loc=-1.0), ValueError, "loc: .*positive"),
+    "too wide for an interval": (lambda: ng.families.beta(1).init(0.5, 0.6), ValueError, "scale: .*less than"),
+    "a number for a matrix": (lambda: ng.families.wishart(2).init(2.0), ValueError, r"loc: .*matrix.*\(2, 2\)"),
+    "2³⁰ configurations": (lambda: ng.families.boltzmann(30), ValueError, "n: expected at most 20"),
+    "three values": (lambda: ng.families.bernoulli(2, (0, 1, 2)), ValueError, "values: expected two"),
+    "no entropy": (
+        lambda: MIXTURES.entropy(MIXTURES.init()),
+        TypeError,
+        "families: GaussianMixture has no entropy",
+    ),
     "product of nothing": (lambda: ng.families.product({}), ValueError, "families: .*empty"),
     "product of arrays": (lambda: ng.families.product([jnp.ones(2)]), TypeError, "families: .*leaves"),
     "chart of a string": (lambda: ng.families.chart("gamma", abs, abs), TypeError, "family: .*str"),

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import Partial, PyTreeDef
+from jax.tree_util import PyTreeDef
 
-from natgrad_jax._tree import PyTree, Space
+from natgrad_jax._tree import PyTree
 from natgrad_jax.families.discrete import Categorical
 from natgrad_jax.families.gaussians import FullRankParams, GaussianFullRank
-from natgrad_jax.families.shared import dimension, filled
+from natgrad_jax.families.shared import closed, dimension, located, point
 from natgrad_jax.operators import Blocks, Closed
 
 
@@ -23,8 +23,9 @@ def solved(operator: Any, g: PyTree) -> PyTree:
     if isinstance(operator, Blocks):
         return operator.map(solved, g)
     if hasattr(operator, "entries"):
-        return jax.tree.map(jnp.divide, g, operator.entries)
-    return operator.space.unravel(jnp.linalg.solve(operator.dense(), operator.space.ravel(g)))
+        return jax.tree.map(lambda x, d: jnp.where(d > 0, x / jnp.where(d > 0, d, 1), 0), g, operator.entries)
+    inverse = jnp.linalg.pinv(operator.dense(), hermitian=True)
+    return operator.space.unravel(inverse @ operator.space.ravel(g))
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Product:
 
     def _each(self, method: str, *trees: PyTree) -> PyTree:
         """The method of every member, on its own parts."""
+        lacking = [type(member).__name__ for member in self.members if not hasattr(member, method)]
+        if lacking:
+            raise TypeError(f"families: {lacking[0]} has no {method}")
         parts = zip(*(self.structure.flatten_up_to(tree) for tree in trees), strict=True)
         results = [getattr(m, method)(*own) for m, own in zip(self.members, parts, strict=True)]
         return self.structure.unflatten(results)
-
-    def _keys(self, key: Array) -> PyTree:
-        return self.structure.unflatten(list(jax.random.split(key, len(self.members))))
 
     def init(self, loc: Any = None, scale: Any = None) -> PyTree:
         """Parameters of every member; `loc` and `scale` are pytrees like the families, or None for the defaults."""
@@ -65,11 +66,11 @@ class Product:
 
     def log_prob(self, params: PyTree, x: PyTree) -> Array:
         """The sum over the members."""
-        return sum(self.structure.flatten_up_to(self._each("log_prob", params, x)), start=jnp.zeros(()))
+        return jnp.sum(jnp.stack(self.structure.flatten_up_to(self._each("log_prob", params, x))))
 
     def entropy(self, params: PyTree) -> Array:
         """The sum over the members."""
-        return sum(self.structure.flatten_up_to(self._each("entropy", params)), start=jnp.zeros(()))
+        return jnp.sum(jnp.stack(self.structure.flatten_up_to(self._each("entropy", params))))
 
     def fisher(self, params: PyTree) -> Blocks:
         """The Fisher information of each member, in its place."""
@@ -147,15 +148,15 @@ class GaussianMixture:
 
     def init(self, loc: Any = None, scale: Any = None) -> MixtureParams:
         """Equal weights. loc: (k, d), or (d,) or None (0) for components spread along the first axis by `scale` (1)."""
-        scale = filled(scale, 1.0, (self.d,), "scale")
-        if jnp.ndim(jnp.asarray(0.0 if loc is None else loc)) == 2:
-            loc = filled(loc, 0.0, (self.k, self.d), "loc")
-        else:
+        several = jnp.ndim(0.0 if loc is None else loc) == 2
+        loc, scale = located(loc, scale, (self.k, self.d) if several else (self.d,))
+        scale = scale[0] if several else scale
+        if not several:
             # Components in one place would have one gradient, and stay together.
-            places = jnp.linspace(-1, 1, self.k) if self.k > 1 else jnp.zeros(1)
-            loc = filled(loc, 0.0, (self.d,), "loc") + places[:, None] * scale * (jnp.arange(self.d) == 0)
+            places = jnp.linspace(-1, 1, self.k, dtype=loc.dtype) if self.k > 1 else jnp.zeros(1, loc.dtype)
+            loc = loc + places[:, None] * scale * (jnp.arange(self.d) == 0)
         factor = jnp.broadcast_to(jnp.diag(scale), (self.k, self.d, self.d))
-        return MixtureParams(jnp.zeros(self.k, scale.dtype), FullRankParams(loc.astype(scale.dtype), factor))
+        return MixtureParams(jnp.zeros(self.k, scale.dtype), FullRankParams(loc, factor))
 
     def sample(self, params: MixtureParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d)."""
@@ -167,6 +168,7 @@ class GaussianMixture:
 
     def log_prob(self, params: MixtureParams, x: Array) -> Array:
         """log Σ_k π_k N(x; μ_k, L_k L_kᵀ)."""
+        x = point(x, (self.d,), params.logits.dtype)
         inside = jax.vmap(lambda component: self._component.log_prob(component, x))(params.components)
         return jax.nn.logsumexp(jax.nn.log_softmax(params.logits) + inside)
 
@@ -175,8 +177,7 @@ class GaussianMixture:
 
         An upper bound of that of x alone, which has no closed form.
         """
-        parts = Partial(self._mv, params), Partial(self._solve, params)
-        components: Any = Closed(*parts, Space.of(params.components))
+        components: Any = closed(self, params, params.components)
         weights: Any = self._weights.fisher(params.logits)
         return Blocks(MixtureParams(weights, components))
 
@@ -186,7 +187,9 @@ class GaussianMixture:
 
     def _solve(self, params: MixtureParams, g: FullRankParams) -> FullRankParams:
         steps = jax.vmap(lambda component, g: solved(self._component.fisher(component), g))(params.components, g)
-        return self._by_weight(jnp.exp(-jax.nn.log_softmax(params.logits)), steps)
+        weights = jnp.exp(jax.nn.log_softmax(params.logits))
+        present = weights > jnp.finfo(weights.dtype).tiny  # a component without weight has no step
+        return self._by_weight(jnp.where(present, 1 / jnp.where(present, weights, 1), 0), steps)
 
     def _by_weight(self, weights: Array, v: FullRankParams) -> FullRankParams:
         return jax.vmap(lambda weight, v: jax.tree.map(lambda x: weight * x, v))(weights, v)
@@ -245,9 +248,29 @@ class Chart:
         """In nats."""
         return self.family.entropy(self.to(params))
 
+    def statistics(self, x: PyTree) -> PyTree:
+        """T(x) of the family."""
+        return self.family.statistics(x)
+
+    def to_natural(self, params: PyTree) -> PyTree:
+        """The natural parameters of the family."""
+        return self.family.to_natural(self.to(params))
+
+    def from_natural(self, natural: PyTree) -> PyTree:
+        """The inverse of `to_natural`."""
+        return self.fro(self.family.from_natural(natural))
+
+    def to_mean(self, params: PyTree) -> PyTree:
+        """The mean parameters of the family."""
+        return self.family.to_mean(self.to(params))
+
+    def from_mean(self, mean: PyTree) -> PyTree:
+        """The inverse of `to_mean`."""
+        return self.fro(self.family.from_mean(mean))
+
     def fisher(self, params: PyTree) -> Closed:
         """JᵀFJ with J the derivative of `to`; its inverse is (J⁻¹)F⁻¹(J⁻¹)ᵀ with J⁻¹ that of `fro`."""
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def _mv(self, params: PyTree, v: PyTree) -> PyTree:
         inside, velocity = jax.jvp(self.to, (params,), (v,))

@@ -6,17 +6,32 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.scipy.special import digamma, gammaln, i0e, xlog1py, xlogy
+from jax.scipy.special import digamma, gammaln, xlog1py, xlogy
 from jax.tree_util import Partial
 
-from natgrad_jax._tree import Space
-from natgrad_jax.families.shared import LOG_2PI, dimension, filled, grown, inverse, no_scale
+from natgrad_jax._tree import Space, surely
+from natgrad_jax.families.shared import (
+    LOG_2PI,
+    closed,
+    dimension,
+    filled,
+    grown,
+    inside,
+    inverse,
+    located,
+    no_scale,
+    point,
+    positive,
+)
 from natgrad_jax.families.special import (
     bessel_gap,
+    bessel_ratio,
     bessel_slope,
     defect,
     excess_trigamma,
+    log_bessel,
     log_minus_digamma,
     trigamma,
 )
@@ -75,14 +90,8 @@ def _gamma_concentration(gap: Array) -> Array:
     return jnp.exp(log_alpha)
 
 
-def _inside(x: Array, below: float = math.inf) -> Array:
-    """The draws, with those that rounding has put on the edge of the support next to it."""
-    range_ = jnp.finfo(x.dtype)
-    return jnp.clip(x, range_.tiny, min(below - range_.epsneg, range_.max))
-
-
 def _gamma_draws(alpha: Array, key: Array, n: int) -> Array:
-    return _inside(jax.random.gamma(key, alpha, (n, *alpha.shape), alpha.dtype))
+    return jax.random.gamma(key, alpha, (n, *alpha.shape), alpha.dtype)
 
 
 class _PairOfPositives:
@@ -102,15 +111,17 @@ class Gamma(_PairOfPositives):
 
     def init(self, loc: Any = None, scale: Any = None) -> GammaParams:
         """Mean `loc` and standard deviation `scale`, 1 unless given."""
-        loc, scale = filled(loc, 1.0, (self.n,), "loc"), filled(scale, 1.0, (self.n,), "scale")
+        positive(loc, "loc")
+        loc, scale = located(loc, scale, (self.n,), (1.0, 1.0))
         return GammaParams(jnp.square(loc / scale), loc / jnp.square(scale))
 
     def sample(self, params: GammaParams, key: Array, n: int) -> Array:
         """n draws, shape (n, number of variables)."""
-        return _gamma_draws(params.concentration, key, n) / params.rate
+        return inside(_gamma_draws(params.concentration, key, n) / params.rate)
 
     def log_prob(self, params: GammaParams, x: Array) -> Array:
         """Σ α log β − log Γ(α) + (α − 1) log x − βx."""
+        x = point(x, (self.n,), params.rate.dtype)
         alpha, beta = params
         return jnp.sum(xlogy(alpha, beta) - gammaln(alpha) + xlogy(alpha - 1, x) - beta * x)
 
@@ -155,16 +166,18 @@ class InverseGamma(_PairOfPositives):
 
     def init(self, loc: Any = None, scale: Any = None) -> InverseGammaParams:
         """Mean `loc` and standard deviation `scale`, 1 unless given."""
-        loc, scale = filled(loc, 1.0, (self.n,), "loc"), filled(scale, 1.0, (self.n,), "scale")
+        positive(loc, "loc")
+        loc, scale = located(loc, scale, (self.n,), (1.0, 1.0))
         alpha = 2 + jnp.square(loc / scale)
         return InverseGammaParams(alpha, loc * (alpha - 1))
 
     def sample(self, params: InverseGammaParams, key: Array, n: int) -> Array:
         """n draws, shape (n, number of variables)."""
-        return params.scale / _gamma_draws(params.concentration, key, n)
+        return inside(params.scale / inside(_gamma_draws(params.concentration, key, n)))
 
     def log_prob(self, params: InverseGammaParams, x: Array) -> Array:
         """Σ α log β − log Γ(α) − (α + 1) log x − β/x."""
+        x = point(x, (self.n,), params.scale.dtype)
         alpha, beta = params
         return jnp.sum(xlogy(alpha, beta) - gammaln(alpha) - xlogy(alpha + 1, x) - beta / x)
 
@@ -257,16 +270,19 @@ class Beta(_PairOfPositives):
 
     def init(self, loc: Any = None, scale: Any = None) -> BetaParams:
         """Mean `loc` and standard deviation `scale`, that of a uniform distribution unless given."""
-        loc, scale = filled(loc, 0.5, (self.n,), "loc"), filled(scale, 12**-0.5, (self.n,), "scale")
+        loc, scale = located(loc, scale, (self.n,), (0.5, 12**-0.5))
         total = loc * (1 - loc) / jnp.square(scale) - 1
+        if surely(total, lambda x: not np.all(x > 0)):
+            raise ValueError(f"scale: expected less than √(loc(1 − loc)) with loc in (0, 1), got {scale} at {loc}")
         return BetaParams(loc * total, (1 - loc) * total)
 
     def sample(self, params: BetaParams, key: Array, n: int) -> Array:
         """n draws, shape (n, number of variables)."""
-        return _inside(jax.random.beta(key, params.alpha, params.beta, (n, self.n), params.alpha.dtype), 1.0)
+        return inside(jax.random.beta(key, params.alpha, params.beta, (n, self.n), params.alpha.dtype), 1.0)
 
     def log_prob(self, params: BetaParams, x: Array) -> Array:
         """Σ (α − 1) log x + (β − 1) log(1 − x) − log B(α, β)."""
+        x = point(x, (self.n,), params.alpha.dtype)
         powers = xlogy(params.alpha - 1, x) + xlog1py(params.beta - 1, -x)
         return jnp.sum(powers - _log_beta(self._stacked(params)))
 
@@ -282,7 +298,7 @@ class Beta(_PairOfPositives):
 
     def fisher(self, params: BetaParams) -> Closed:
         """diag(ψ₁(α), ψ₁(β)) − ψ₁(α + β)11ᵀ for each variable, in O(n)."""
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def _mv(self, params: BetaParams, v: BetaParams) -> BetaParams:
         return self._split(_dirichlet_mv(self._stacked(params), self._stacked(v)))
@@ -325,10 +341,11 @@ class Dirichlet:
 
     def sample(self, params: Array, key: Array, n: int) -> Array:
         """n draws, shape (n, k), each on the simplex."""
-        return _inside(jax.random.dirichlet(key, params, (n,), params.dtype))
+        return inside(jax.random.dirichlet(key, params, (n,), params.dtype))
 
     def log_prob(self, params: Array, x: Array) -> Array:
         """Σ (α − 1) log x − log B(α), with respect to the first k − 1 coordinates."""
+        x = point(x, (self.k,), params.dtype)
         return jnp.sum(xlogy(params - 1, x)) - _log_beta(params)
 
     def entropy(self, params: Array) -> Array:
@@ -373,13 +390,13 @@ class VonMises:
 
     def init(self, loc: Any = None, scale: Any = None) -> VonMisesParams:
         """Around the angle `loc` (0 unless given), of concentration 1/scale² (1 unless given)."""
-        scale = filled(scale, 1.0, (self.n,), "scale")
-        return VonMisesParams(filled(loc, 0.0, (self.n,), "loc"), 1 / jnp.square(scale))
+        loc, scale = located(loc, scale, (self.n,))
+        return VonMisesParams(loc, 1 / jnp.square(scale))
 
     def sample(self, params: VonMisesParams, key: Array, n: int) -> Array:
         """n angles in [−π, π), shape (n, number of variables): rejection from a wrapped Cauchy (Best, Fisher, 1979)."""
         loc, kappa = params
-        root = jnp.sqrt(1 + 4 * jnp.square(kappa))
+        root = jnp.hypot(1.0, 2 * kappa)
         tau = 1 + root
         sum_ = tau + jnp.sqrt(2 * tau)
         rho = 2 * kappa / sum_  # (τ − √2τ)/2κ
@@ -404,23 +421,25 @@ class VonMises:
             take = ~done & (inside | (kappa <= 1e-6))
             return key, jnp.where(take, angle, kept), done | take
 
-        start = key, jnp.zeros(shape, kappa.dtype), jnp.zeros(shape, bool)
+        lost = ~jnp.isfinite(jnp.broadcast_to(kappa, shape))  # would be drawn for ever
+        start = key, jnp.where(lost, jnp.nan, jnp.zeros(shape, kappa.dtype)), lost
         return _wrapped(loc + jax.lax.while_loop(missing, again, start)[1])
 
     def log_prob(self, params: VonMisesParams, x: Array) -> Array:
         """Σ κ cos(x − μ) − log 2πI₀(κ)."""
+        x = point(x, (self.n,), params.loc.dtype)
         loc, kappa = params
-        return jnp.sum(-2 * kappa * jnp.square(jnp.sin((x - loc) / 2)) - LOG_2PI - jnp.log(i0e(kappa)))
+        return jnp.sum(-2 * kappa * jnp.square(jnp.sin((x - loc) / 2)) - LOG_2PI - log_bessel(kappa))
 
     def entropy(self, params: VonMisesParams) -> Array:
         """Σ log 2πI₀(κ) − κA(κ), A = I₁/I₀."""
         kappa = params.concentration
-        return jnp.sum(LOG_2PI + jnp.log(i0e(kappa)) + kappa * bessel_gap(kappa))
+        return jnp.sum(LOG_2PI + log_bessel(kappa) + kappa * bessel_gap(kappa))
 
     def fisher(self, params: VonMisesParams) -> Diagonal:
         """diag(κA, A′(κ))."""
         kappa = params.concentration
-        return Diagonal(VonMisesParams(kappa * (1 - bessel_gap(kappa)), bessel_slope(kappa)))
+        return Diagonal(VonMisesParams(kappa * bessel_ratio(kappa), bessel_slope(kappa)))
 
     def retract(self, params: VonMisesParams, step: VonMisesParams) -> VonMisesParams:
         """μ + step, back on the circle, and κ exp(step/κ)."""
@@ -441,7 +460,7 @@ class VonMises:
 
     def to_mean(self, params: VonMisesParams) -> tuple[Array, Array]:
         """A(κ)(cos μ, sin μ)."""
-        length = 1 - bessel_gap(params.concentration)
+        length = bessel_ratio(params.concentration)
         return length * jnp.cos(params.loc), length * jnp.sin(params.loc)
 
     def from_mean(self, mean: tuple[Array, Array]) -> VonMisesParams:
@@ -449,12 +468,13 @@ class VonMises:
         length = jnp.hypot(*mean)
 
         def log_odds(u: Array) -> Array:
-            gap = bessel_gap(jnp.exp(u))
-            return jnp.log1p(-gap) - jnp.log(gap)
+            kappa = jnp.exp(u)
+            return jnp.log(bessel_ratio(kappa)) - jnp.log(bessel_gap(kappa))
 
-        target = jnp.log(length) - jnp.log1p(-length)
-        log_kappa = inverse(log_odds, target, target + jnp.log(2.0) * (1 - 2 * length))
-        return VonMisesParams(jnp.arctan2(mean[1], mean[0]), jnp.exp(log_kappa))
+        safe = jnp.where(length > 0, length, 0.5)
+        target = jnp.log(safe) - jnp.log1p(-safe)
+        log_kappa = inverse(log_odds, target, target + math.log(2) * (1 - 2 * safe))
+        return VonMisesParams(jnp.arctan2(mean[1], mean[0]), jnp.where(length > 0, jnp.exp(log_kappa), 0))
 
 
 def _wrapped(angle: Array) -> Array:

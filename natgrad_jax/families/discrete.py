@@ -1,6 +1,7 @@
 """Families on finite sets and on the whole numbers: two-valued variables, classes, pairwise models, counts."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.special import gammaln, xlog1py, xlogy
-from jax.tree_util import Partial
+from jax.scipy.special import gammaln, xlogy
 
 from natgrad_jax._tree import Space, ravel
-from natgrad_jax.families.shared import all_pairs, dimension, filled, grown, no_scale
-from natgrad_jax.families.special import log_factorial_mean, log_gamma_ratio_mean
+from natgrad_jax.families.shared import all_pairs, closed, dimension, filled, grown, no_scale, point, positive
+from natgrad_jax.families.special import log_factorial_mean, log_ways_mean
 from natgrad_jax.operators import Closed, Dense, Diagonal
 
 
@@ -41,7 +41,8 @@ class Bernoulli:
 
     def log_prob(self, params: Array, x: Array) -> Array:
         """Σ log sigmoid(±(b − a)θ_i), plus where x_i = b, minus where x_i = a."""
-        sign = (2 * jnp.asarray(x, params.dtype) - sum(self.values)) / self._gap
+        x = point(x, (self.n,), params.dtype)
+        sign = (2 * x - sum(self.values)) / self._gap
         return jnp.sum(jax.nn.log_sigmoid(sign * self._gap * params))
 
     def entropy(self, params: Array) -> Array:
@@ -116,8 +117,9 @@ class Categorical:
         return jax.random.categorical(key, self._log_p(params), shape=(n,))
 
     def log_prob(self, params: Array, x: Array) -> Array:
-        """log p_x."""
-        return self._log_p(params)[x]
+        """log p_x; −inf for an x that is no class."""
+        known = (x >= 0) & (x < self.k)
+        return jnp.where(known, self._log_p(params)[point(x, (), int)], -jnp.inf)
 
     def entropy(self, params: Array) -> Array:
         """−Σ p log p."""
@@ -126,18 +128,20 @@ class Categorical:
 
     def fisher(self, params: Array) -> Closed:
         """diag(p) − ppᵀ; its inverse diag(1/p) + 11ᵀ/p_k, or with all logits C diag(1/p) C, C = I − 11ᵀ/k."""
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def _mv(self, params: Array, v: Array) -> Array:
         p = jnp.exp(self._log_p(params))[: self._size]
         return p * (v - p @ v)
 
     def _solve(self, params: Array, g: Array) -> Array:
-        inverse = jnp.exp(-self._log_p(params))
+        p = jnp.exp(self._log_p(params))
+        present = p > jnp.finfo(p.dtype).tiny  # a class without probability has no step
+        inverse = jnp.where(present, 1 / jnp.where(present, p, 1), 0)
         if self.minimal:
-            return inverse[:-1] * g + inverse[-1] * jnp.sum(g)
-        step = inverse * (g - jnp.mean(g))
-        return step - jnp.mean(step)
+            return jnp.where(present[:-1], inverse[:-1] * g + inverse[-1] * jnp.sum(jnp.where(present[:-1], g, 0)), 0)
+        centred = lambda x: jnp.where(present, x - jnp.sum(jnp.where(present, x, 0)) / jnp.sum(present), 0)  # noqa: E731
+        return centred(inverse * centred(g))
 
     def retract(self, params: Array, step: Array) -> Array:
         """params + step: logits are a global chart."""
@@ -202,8 +206,9 @@ class Boltzmann:
 
     def log_prob(self, params: BoltzmannParams, x: Array) -> Array:
         """θ·T(x) − log Z, with Z the sum over all configurations."""
+        x = point(x, (self.n,), params.field.dtype)
         statistics = jax.vmap(lambda x: ravel(self.statistics(x)))(self.support(params.field.dtype))
-        own = ravel(self.statistics(jnp.asarray(x, params.field.dtype)))
+        own = ravel(self.statistics(x))
         return own @ ravel(params) - jax.nn.logsumexp(statistics @ ravel(params))
 
     def entropy(self, params: BoltzmannParams) -> Array:
@@ -241,11 +246,9 @@ class Boltzmann:
         return Space.of(params).unravel(jnp.exp(log_q) @ statistics)
 
     def from_mean(self, mean: BoltzmannParams) -> BoltzmannParams:
-        """The inverse of `to_mean`: Newton's method from the fields alone, on the concave log-likelihood."""
+        """The inverse of `to_mean`: Newton's method, each step as long as brings the means closest."""
         target, space = ravel(mean), Space.of(mean)
-        low, high = self.values
-        alone = Bernoulli(self.n, self.values).from_mean(jnp.clip(mean.field, low + 1e-6, high - 1e-6))
-        start = ravel(BoltzmannParams(alone, jnp.zeros_like(mean.coupling)))
+        lengths = 0.5 ** jnp.arange(20, dtype=target.dtype)
 
         def gap(theta: Array) -> Array:
             return ravel(self.to_mean(space.unravel(theta))) - target
@@ -255,17 +258,20 @@ class Boltzmann:
 
         def newton(gap: Any, theta: Array) -> Array:
             def improved(_: int, theta: Array) -> Array:
-                step = -jnp.linalg.solve(covariance(theta), gap(theta))
-                # Far from the answer a full step overshoots; what it promises there is not to be had.
-                decrement = jnp.sqrt(jnp.maximum(step @ (covariance(theta) @ step), 0))
-                return theta + step / (1 + jnp.where(decrement > 0.25, decrement, 0))
+                curvature = covariance(theta)
+                floor = len(theta) * jnp.finfo(theta.dtype).eps * jnp.trace(curvature)
+                step = -jnp.linalg.solve(curvature + floor * jnp.eye(len(theta), dtype=theta.dtype), gap(theta))
+                tried = theta + lengths[:, None] * step
+                misses = jax.vmap(lambda theta: jnp.sum(jnp.square(gap(theta))))(tried)
+                best = jnp.argmin(jnp.where(jnp.isfinite(misses), misses, jnp.inf))
+                return jnp.where(misses[best] < jnp.sum(jnp.square(gap(theta))), tried[best], theta)
 
             return jax.lax.fori_loop(0, 60, improved, theta)
 
         def tangent(linear: Any, y: Array) -> Array:
             return jnp.linalg.solve(jax.jacobian(linear)(jnp.zeros_like(y)), y)
 
-        return space.unravel(jax.lax.custom_root(gap, start, newton, tangent))
+        return space.unravel(jax.lax.custom_root(gap, jnp.zeros_like(target), newton, tangent))
 
     def support(self, dtype: Any = None) -> Array:
         """All 2ⁿ configurations, shape (2ⁿ, n)."""
@@ -282,6 +288,7 @@ class Poisson:
     def init(self, loc: Any = None, scale: Any = None) -> Array:
         """Rates, shape (n,): `loc` (1 unless given); there is no scale."""
         no_scale(scale, "a Poisson family", "its variance is its mean, loc")
+        positive(loc, "loc")
         return filled(loc, 1.0, (self.n,), "loc")
 
     def sample(self, params: Array, key: Array, n: int) -> Array:
@@ -290,7 +297,7 @@ class Poisson:
 
     def log_prob(self, params: Array, x: Array) -> Array:
         """Σ x log λ − λ − log x!."""
-        x = jnp.asarray(x, params.dtype)
+        x = point(x, (self.n,), params.dtype)
         return jnp.sum(xlogy(x, params) - params - gammaln(x + 1))
 
     def entropy(self, params: Array) -> Array:
@@ -337,6 +344,7 @@ class NegativeBinomial:
     def init(self, loc: Any = None, scale: Any = None) -> Array:
         """Means, shape (n,): `loc` (1 unless given); there is no scale."""
         no_scale(scale, "a negative binomial family", "its variance is loc + loc²/failures")
+        positive(loc, "loc")
         return filled(loc, 1.0, (self.n,), "loc")
 
     def sample(self, params: Array, key: Array, n: int) -> Array:
@@ -348,15 +356,15 @@ class NegativeBinomial:
 
     def log_prob(self, params: Array, x: Array) -> Array:
         """Σ log C(x + r − 1, x) + x log μ/(μ + r) − r log(1 + μ/r)."""
-        x, r = jnp.asarray(x, params.dtype), self.failures
+        x = point(x, (self.n,), params.dtype)
+        r = self.failures
         ways = gammaln(x + r) - gammaln(x + 1) - gammaln(jnp.asarray(r, params.dtype))
-        return jnp.sum(ways + xlogy(x, params / (params + r)) - xlog1py(r, params / r))
+        return jnp.sum(ways - x * jnp.log1p(r / params) - r * jnp.log1p(params / r))
 
     def entropy(self, params: Array) -> Array:
-        """−E log q, of which E[log Γ(x + r) − log x!] is an integral."""
+        """−E log q, of which E log C(x + r − 1, x) is an integral."""
         r = self.failures
-        ways = log_gamma_ratio_mean(params, r) - gammaln(jnp.asarray(r, params.dtype))
-        return -jnp.sum(ways + xlogy(params, params / (params + r)) - xlog1py(r, params / r))
+        return jnp.sum(params * jnp.log1p(r / params) + r * jnp.log1p(params / r) - log_ways_mean(params, r))
 
     def fisher(self, params: Array) -> Diagonal:
         """diag(r/(μ(μ + r)))."""
@@ -402,8 +410,8 @@ def bernoulli(n: int, values: tuple[float, float] = (0.0, 1.0)) -> Bernoulli:
 
 
 def _two(values: tuple[float, float]) -> tuple[float, float]:
-    low, high = (float(v) for v in values)
-    if not low < high:
+    low, high = map(float, values) if len(values) == 2 else (0.0, 0.0)
+    if not -math.inf < low < high < math.inf:
         raise ValueError(f"values: expected two numbers, the smaller one first, got {values}")
     return low, high
 
@@ -436,7 +444,9 @@ def boltzmann(n: int, values: tuple[float, float] = (-1.0, 1.0)) -> Boltzmann:
         >>> round(float(family.to_mean(params).coupling[0]), 4)  # tanh 1
         0.7616
     """
-    return Boltzmann(dimension(n, "boltzmann", "n", 2), _two(values))
+    if dimension(n, "boltzmann", "n", 2) > 20:
+        raise ValueError(f"n: expected at most 20 variables, got {n}: everything is a sum over 2**n configurations")
+    return Boltzmann(int(n), _two(values))
 
 
 def poisson(n: int) -> Poisson:
@@ -461,6 +471,6 @@ def negative_binomial(n: int, failures: float) -> NegativeBinomial:
         >>> family.fisher(family.init(2.0)).entries.tolist()
         [0.25]
     """
-    if not float(failures) > 0:
-        raise ValueError(f"failures: expected a positive number, got {failures}")
+    if not 0 < float(failures) < math.inf:
+        raise ValueError(f"failures: expected a positive number, got {failures}; with infinitely many it is poisson(n)")
     return NegativeBinomial(dimension(n, "negative_binomial"), float(failures))

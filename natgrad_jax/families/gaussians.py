@@ -1,5 +1,6 @@
 """Gaussians: full rank by covariance or by precision, mean field, blocks, low rank plus diagonal, banded precision."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from natgrad_jax._tree import Space
 from natgrad_jax.families.shared import (
     LOG_2PI,
     bounded,
+    closed,
     covector,
     dimension,
     doubled_diagonal,
@@ -20,7 +22,9 @@ from natgrad_jax.families.shared import (
     grown,
     half_lower,
     inverse_lower,
+    located,
     lower_of_inverse,
+    point,
     relative,
     retract_lower,
 )
@@ -96,9 +100,14 @@ class GaussianFullRank(_Full):
 
     def init(self, loc: Any = None, scale: Any = None) -> FullRankParams:
         """N(loc, scale²): loc 0 and scale 1 unless given; scale is a number, (d,), or a lower triangle (d, d)."""
-        if scale is not None and jnp.shape(scale) == (self.d, self.d):
-            return FullRankParams(filled(loc, 0.0, (self.d,), "loc"), jnp.tril(jnp.asarray(scale)))
-        return FullRankParams(filled(loc, 0.0, (self.d,), "loc"), jnp.diag(filled(scale, 1.0, (self.d,), "scale")))
+        scale = None if scale is None else jnp.asarray(scale)
+        if scale is not None and scale.shape == (self.d, self.d):
+            lower = filled(scale, 1.0, (self.d, self.d), "scale")
+            loc, _ = located(lower[0, 0] * 0 if loc is None else loc, None, (self.d,))
+            dtype = jnp.promote_types(loc.dtype, lower.dtype)
+            return FullRankParams(loc.astype(dtype), jnp.tril(lower.astype(dtype)))
+        loc, scale = located(loc, scale, (self.d,))
+        return FullRankParams(loc, jnp.diag(scale))
 
     def sample(self, params: FullRankParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d)."""
@@ -107,6 +116,7 @@ class GaussianFullRank(_Full):
 
     def log_prob(self, params: FullRankParams, x: Array) -> Array:
         """−½‖L⁻¹(x − μ)‖² − Σ log|L_ii| − (d/2) log 2π."""
+        x = point(x, (self.d,), params.loc.dtype)
         eps = solve_triangular(params.scale_tril, x - params.loc, lower=True)
         return -0.5 * (eps @ eps) - self.entropy(params) + self.d / 2
 
@@ -167,8 +177,8 @@ class GaussianPrecision(_Full):
 
     def init(self, loc: Any = None, scale: Any = None) -> PrecisionParams:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given; scale is a number or (d,)."""
-        scale = filled(scale, 1.0, (self.d,), "scale")
-        return PrecisionParams(filled(loc, 0.0, (self.d,), "loc"), jnp.diag(1 / scale))
+        loc, scale = located(loc, scale, (self.d,))
+        return PrecisionParams(loc, jnp.diag(1 / scale))
 
     def sample(self, params: PrecisionParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d)."""
@@ -177,6 +187,7 @@ class GaussianPrecision(_Full):
 
     def log_prob(self, params: PrecisionParams, x: Array) -> Array:
         """−½‖Lᵀ(x − μ)‖² + Σ log|L_ii| − (d/2) log 2π."""
+        x = point(x, (self.d,), params.loc.dtype)
         eps = jnp.tril(params.precision_tril).T @ (x - params.loc)
         return -0.5 * (eps @ eps) - self.entropy(params) + self.d / 2
 
@@ -236,8 +247,8 @@ class GaussianMeanField:
 
     def init(self, loc: Any = None, scale: Any = None) -> MeanFieldParams:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given."""
-        scale = filled(scale, 1.0, (self.d,), "scale")
-        return MeanFieldParams(filled(loc, 0.0, (self.d,), "loc"), jnp.log(scale))
+        loc, scale = located(loc, scale, (self.d,))
+        return MeanFieldParams(loc, jnp.log(scale))
 
     def sample(self, params: MeanFieldParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d)."""
@@ -245,6 +256,7 @@ class GaussianMeanField:
 
     def log_prob(self, params: MeanFieldParams, x: Array) -> Array:
         """−½Σ((x − μ)/σ)² − Σ log σ − (d/2) log 2π."""
+        x = point(x, (self.d,), params.loc.dtype)
         eps = (x - params.loc) * jnp.exp(-params.log_scale)
         return -0.5 * jnp.sum(jnp.square(eps)) - self.entropy(params) + self.d / 2
 
@@ -254,7 +266,7 @@ class GaussianMeanField:
 
     def fisher(self, params: MeanFieldParams) -> Diagonal:
         """diag(σ⁻², 2) in the coordinates (μ, log σ)."""
-        return Diagonal(MeanFieldParams(jnp.exp(-2 * params.log_scale), jnp.full_like(params.log_scale, 2.0)))
+        return Diagonal(MeanFieldParams(jnp.exp(-2 * params.log_scale), 2 + 0 * params.log_scale))
 
     def retract(self, params: MeanFieldParams, step: MeanFieldParams) -> MeanFieldParams:
         """params + step, with log σ changed by 20 at most: (μ, log σ) is a global chart."""
@@ -306,8 +318,7 @@ class GaussianBlockDiagonal:
 
     def init(self, loc: Any = None, scale: Any = None) -> tuple[FullRankParams, ...]:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given; a number or (d,)."""
-        locs = self._parts(filled(loc, 0.0, (self.d,), "loc"))
-        scales = self._parts(filled(scale, 1.0, (self.d,), "scale"))
+        locs, scales = map(self._parts, located(loc, scale, (self.d,)))
         return tuple(block.init(loc, scale) for block, loc, scale in zip(self._blocks, locs, scales, strict=True))
 
     def sample(self, params: tuple[FullRankParams, ...], key: Array, n: int) -> Array:
@@ -318,6 +329,7 @@ class GaussianBlockDiagonal:
 
     def log_prob(self, params: tuple[FullRankParams, ...], x: Array) -> Array:
         """The sum over the blocks."""
+        x = point(x, (self.d,), params[0].loc.dtype)
         members = zip(self._blocks, params, self._parts(x), strict=True)
         return jnp.sum(jnp.stack([block.log_prob(p, part) for block, p, part in members]))
 
@@ -363,12 +375,12 @@ class GaussianLowRank:
     reparameterised = True
 
     def init(self, loc: Any = None, scale: Any = None) -> LowRankParams:
-        """N(loc, diag(scale²)) about: r columns that share half of the variance of one coordinate each."""
-        scale = filled(scale, 1.0, (self.d,), "scale")
+        """Mean loc (0), standard deviations scale (1); half of each variance is in B, one entry a row."""
+        loc, scale = located(loc, scale, (self.d,))
         # A column of zeros would have no direction to grow into.
         owner = jnp.arange(self.d)[:, None] % self.rank == jnp.arange(self.rank)
-        factor = jnp.where(owner, jnp.sqrt(0.5) * scale[:, None], 0)
-        return LowRankParams(filled(loc, 0.0, (self.d,), "loc"), jnp.log(scale * jnp.sqrt(0.5)), factor)
+        factor = jnp.where(owner, math.sqrt(0.5) * scale[:, None], 0)
+        return LowRankParams(loc, jnp.log(scale) - 0.5 * math.log(2), factor)
 
     def sample(self, params: LowRankParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d)."""
@@ -377,10 +389,12 @@ class GaussianLowRank:
 
     def log_prob(self, params: LowRankParams, x: Array) -> Array:
         """−½(x − μ)ᵀΣ⁻¹(x − μ) − ½ log|2πΣ|, in O(dr²)."""
+        x = point(x, (self.d,), params.loc.dtype)
         y = (x - params.loc) * jnp.exp(-params.log_scale)
-        lower, scaled = _capacitance(params)
-        explained = solve_triangular(lower, scaled.T @ y, lower=True)
-        return -0.5 * (y @ y - explained @ explained) - self.entropy(params) + self.d / 2
+        basis = jnp.linalg.qr(_stacked(params))[0]
+        # What no direction of B explains: a difference of squares would cancel where B is far larger than D.
+        rest = jnp.append(y, jnp.zeros(self.rank, y.dtype)) - basis @ (basis[: self.d].T @ y)
+        return -0.5 * (rest @ rest) - self.entropy(params) + self.d / 2
 
     def entropy(self, params: LowRankParams) -> Array:
         """½ log|Σ| + (d/2)(1 + log 2π)."""
@@ -389,9 +403,10 @@ class GaussianLowRank:
         return _normal_entropy(log_det, self.d)
 
     def fisher(self, params: LowRankParams) -> Closed:
-        """F in the coordinates (μ, log σ, B), of nullity r(r − 1)/2: B and a rotation of its columns are one Σ.
+        """F in the coordinates (μ, log σ, B), singular: B and a rotation of its columns are one Σ.
 
-        Products cost O(dr²); a solve O(d³), for the part of log σ that no change of B makes up for.
+        Products cost O(dr²); a solve O(d³), for the part of log σ that no change of B makes up for. Reverse-mode
+        derivatives of a solve go through `solvers.solve`.
         """
         return Closed(Partial(_low_rank_mv, params), Partial(_low_rank_solve, params), Space.of(params))
 
@@ -403,9 +418,14 @@ class GaussianLowRank:
 
 def _capacitance(params: LowRankParams) -> tuple[Array, Array]:
     """L with LLᵀ = I + BᵀD⁻¹B, from a QR factorisation, however far B is beyond D; and D^(−½)B."""
+    stacked = _stacked(params)
+    return jnp.linalg.qr(stacked, mode="r").T, stacked[: len(params.loc)]
+
+
+def _stacked(params: LowRankParams) -> Array:
+    """D^(−½)B over the identity."""
     scaled = params.factor * jnp.exp(-params.log_scale)[:, None]
-    stacked = jnp.concatenate([scaled, jnp.eye(scaled.shape[1], dtype=scaled.dtype)])
-    return jnp.linalg.qr(stacked, mode="r").T, scaled
+    return jnp.concatenate([scaled, jnp.eye(scaled.shape[1], dtype=scaled.dtype)])
 
 
 # In the frame x/σ, where D = I: K = (I + BBᵀ)⁻¹ = I − VVᵀ with V = BC⁻ᵀ, and δΣ = diag(2δs) + XBᵀ + BXᵀ with X = δB.
@@ -443,8 +463,10 @@ def _low_rank_solve(params: LowRankParams, g: LowRankParams) -> LowRankParams:
     k = lambda x: x - w @ (w.T @ x)  # noqa: E731
     cov = lambda x: x + b @ (b.T @ x)  # noqa: E731
     kb = k(b)
-    size = b.T @ kb  # S = BᵀKB
-    inverse_size = _pseudo_inverse(size)
+    basis, lengths, axes = jnp.linalg.svd(b, full_matrices=True)
+    used = lengths > len(b) * jnp.finfo(b.dtype).eps * lengths[0]
+    weights = jnp.where(used, 1 + 1 / jnp.square(jnp.where(used, lengths, 1)), 0)
+    inverse_size = (axes.T * weights) @ axes  # of S = BᵀKB
 
     def change_of_factor(r: Array) -> Array:
         """X with K(XBᵀ + BXᵀ)KB = r: the one without a rotation, X = ΣrS⁻¹ − BZ with Z = ½S⁻¹BᵀrS⁻¹ symmetric."""
@@ -455,8 +477,6 @@ def _low_rank_solve(params: LowRankParams, g: LowRankParams) -> LowRankParams:
     alone = change_of_factor(slope)
     rest = g.log_scale - 2 * jnp.sum(k(alone) * kb, axis=1)
     # The projector on what is orthogonal to the columns of B, in the frame x/σ, from a basis: small entries hold.
-    basis, lengths, _ = jnp.linalg.svd(b, full_matrices=True)
-    used = lengths > len(b) * jnp.finfo(b.dtype).eps * lengths[0]
     beside = basis * ~jnp.concatenate([used, jnp.zeros(len(b) - len(used), bool)])
     log_scale = _pseudo_inverse(2 * jnp.square(beside @ beside.T)) @ rest
     x = change_of_factor(slope - k(2 * log_scale[:, None] * kb))
@@ -493,9 +513,8 @@ class GaussianBanded:
 
     def init(self, loc: Any = None, scale: Any = None) -> BandedParams:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given; a number or (d,)."""
-        scale = filled(scale, 1.0, (self.d,), "scale")
-        bands = jnp.zeros((self.d, self.bandwidth + 1), scale.dtype).at[:, 0].set(1 / scale)
-        return BandedParams(filled(loc, 0.0, (self.d,), "loc"), bands)
+        loc, scale = located(loc, scale, (self.d,))
+        return BandedParams(loc, jnp.zeros((self.d, self.bandwidth + 1), scale.dtype).at[:, 0].set(1 / scale))
 
     def sample(self, params: BandedParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d), in O(nd·bandwidth)."""
@@ -504,6 +523,7 @@ class GaussianBanded:
 
     def log_prob(self, params: BandedParams, x: Array) -> Array:
         """−½‖Lᵀ(x − μ)‖² + Σ log|L_ii| − (d/2) log 2π."""
+        x = point(x, (self.d,), params.loc.dtype)
         eps = jnp.sum(self._bands(params) * self._windows(x - params.loc), axis=1)
         return -0.5 * (eps @ eps) - self.entropy(params) + self.d / 2
 
@@ -516,14 +536,17 @@ class GaussianBanded:
 
         The block is Cov(window) + e₀e₀ᵀ/ℓ₀². Products and solves cost O(d·bandwidth³), no d × d matrix is formed.
         """
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def retract(self, params: BandedParams, step: BandedParams) -> BandedParams:
         """μ + δμ, and the rest of δℓ added to a column before exp(δℓ₀/ℓ₀) multiplies it: the diagonal stays > 0."""
         bands, change = self._bands(params), jnp.where(self._inside, step.bands, 0)
-        growth = change[:, :1] / bands[:, :1]
-        moved = bands + change - growth * bands
-        return BandedParams(params.loc + step.loc, moved * grown(jnp.ones_like(growth), growth))
+        growth, most = bounded(change[:, :1] / bands[:, :1]), jnp.finfo(bands.dtype).max
+        kept = jnp.clip((1 - growth) * bands, -most / 2, most / 2)
+        moved = jnp.clip((kept + jnp.clip(change, -most / 2, most / 2)) * jnp.exp(growth), -most, most)
+        diagonal = bands[:, 0]
+        diagonal = jnp.sign(diagonal) * grown(jnp.abs(diagonal), jnp.abs(diagonal) * growth[:, 0])
+        return BandedParams(params.loc + step.loc, moved.at[:, 0].set(diagonal))
 
     def statistics(self, x: Array) -> GaussianCoordinates:
         """T(x) = (x, x_i x_{i+k} for k ≤ bandwidth), shapes (d,) and (d, bandwidth + 1)."""
@@ -692,15 +715,17 @@ def gaussian_block_diagonal(sizes: tuple[int, ...]) -> GaussianBlockDiagonal:
         >>> [block.scale_tril.shape for block in family.init()]
         [(2, 2), (1, 1)]
     """
-    sizes = tuple(dimension(size, "gaussian_block_diagonal", "in sizes") for size in sizes)
-    return GaussianBlockDiagonal(sizes[: dimension(len(sizes), "gaussian_block_diagonal", "of sizes")])
+    if not isinstance(sizes, tuple | list) or not sizes:
+        raise ValueError(f"sizes: expected the sizes of the blocks, such as (2, 3), got {sizes!r}")
+    return GaussianBlockDiagonal(tuple(dimension(size, "gaussian_block_diagonal", "in sizes") for size in sizes))
 
 
 def gaussian_low_rank(d: int, rank: int) -> GaussianLowRank:
     """N(μ, diag σ² + BBᵀ) on R^d with parameters (loc, log_scale, factor) = (μ, log σ, B), B of shape (d, rank).
 
     Draws, densities and Fisher products cost O(d·rank²); a solve O(d³). A rotation of the columns of B changes nothing:
-    the Fisher information has nullity rank(rank − 1)/2, and the step is one without a rotation.
+    the Fisher information has nullity rank(rank − 1)/2, or more where Σ has fewer entries than there
+    are parameters. The step is one without a rotation.
 
     Example:
         >>> import natgrad_jax as ng

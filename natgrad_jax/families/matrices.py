@@ -8,21 +8,23 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma, multigammaln
-from jax.tree_util import Partial
 
-from natgrad_jax._tree import Space
 from natgrad_jax.families.shared import (
     LOG_2PI,
+    closed,
     covector,
     dimension,
     doubled_diagonal,
     filled,
     grown,
     half_lower,
+    inside,
     inverse,
     inverse_lower,
+    located,
     lower_of_inverse,
     no_scale,
+    point,
     relative,
     retract_lower,
 )
@@ -59,7 +61,10 @@ class Wishart:
     def init(self, loc: Any = None, scale: Any = None) -> WishartParams:
         """Mean `loc`, shape (d, d), the identity unless given, with d + 2 degrees of freedom; there is no scale."""
         no_scale(scale, "a Wishart family", "build WishartParams(df, scale_tril) for other degrees of freedom")
-        loc = jnp.eye(self.d) if loc is None else filled(loc, 0.0, (self.d, self.d), "loc")
+        loc = jnp.eye(self.d) if loc is None else jnp.asarray(loc)
+        if loc.shape != (self.d, self.d):
+            raise ValueError(f"loc: expected a positive definite matrix of shape {(self.d, self.d)}, got {loc.shape}")
+        loc = filled(loc, 0.0, (self.d, self.d), "loc")
         df = jnp.asarray(self.d + 2, loc.dtype)
         return WishartParams(df, jnp.linalg.cholesky(loc / df))
 
@@ -70,13 +75,14 @@ class Wishart:
     def sample(self, params: WishartParams, key: Array, n: int) -> Array:
         """n draws, shape (n, d, d), by Bartlett's decomposition."""
         chi, normal = jax.random.split(key)
-        squares = 2 * jax.random.gamma(chi, self._halves(params.df), (n, self.d), params.df.dtype)
+        squares = inside(2 * jax.random.gamma(chi, self._halves(params.df), (n, self.d), params.df.dtype))
         below = jnp.tril(jax.random.normal(normal, (n, self.d, self.d), params.df.dtype), -1)
         factors = jnp.tril(params.scale_tril) @ (below + jax.vmap(jnp.diag)(jnp.sqrt(squares)))
         return factors @ jnp.swapaxes(factors, -1, -2)
 
     def log_prob(self, params: WishartParams, x: Array) -> Array:
         """½(ν − d − 1) log|X| − ½ tr V⁻¹X − ½ν log|V| − ½νd log 2 − log Γ_d(ν/2)."""
+        x = point(x, (self.d, self.d), params.df.dtype)
         df, lower = params.df, jnp.tril(params.scale_tril)
         log_det = 2 * _log_det(jnp.linalg.cholesky(x))
         half = solve_triangular(lower, x, lower=True)
@@ -93,7 +99,7 @@ class Wishart:
 
     def fisher(self, params: WishartParams) -> Closed:
         """¼ψ_d′(ν/2)δν² + 2δν tr S + ν(‖S‖² + ‖diag S‖²) with S = L⁻¹δL, in O(d³)."""
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def _spread(self, df: Array) -> Array:
         """ψ_d′(ν/2)/4 − d/2ν, what is left of δν at a given mean, of positive terms."""
@@ -167,7 +173,10 @@ class MatrixNormal:
 
     def init(self, loc: Any = None, scale: Any = None) -> MatrixNormalParams:
         """N(loc, scale²) entry by entry: loc 0, shape (n, p), and scale 1, a number, unless given."""
-        loc, scale = filled(loc, 0.0, (self.n, self.p), "loc"), filled(scale, 1.0, (), "scale")
+        if jnp.ndim(0.0 if scale is None else scale):
+            raise ValueError(f"scale: expected a number, got shape {jnp.shape(scale)}")
+        loc, scales = located(loc, scale, (self.n, self.p))
+        scale = scales[0, 0]
         return MatrixNormalParams(loc, scale * jnp.eye(self.n, dtype=scale.dtype), jnp.eye(self.p, dtype=scale.dtype))
 
     def sample(self, params: MatrixNormalParams, key: Array, n: int) -> Array:
@@ -177,6 +186,7 @@ class MatrixNormal:
 
     def log_prob(self, params: MatrixNormalParams, x: Array) -> Array:
         """−½‖A⁻¹(X − M)B⁻ᵀ‖² − p log|A| − n log|B| − ½np log 2π."""
+        x = point(x, (self.n, self.p), params.loc.dtype)
         z = self._standard(params, x - params.loc)
         return -0.5 * jnp.sum(jnp.square(z)) - self.entropy(params) + self.n * self.p / 2
 
@@ -191,7 +201,7 @@ class MatrixNormal:
 
     def fisher(self, params: MatrixNormalParams) -> Closed:
         """F in the coordinates (M, A, B), of nullity 1: A may be multiplied by what B is divided by. O(n³ + p³)."""
-        return Closed(Partial(self._mv, params), Partial(self._solve, params), Space.of(params))
+        return closed(self, params)
 
     def _mv(self, params: MatrixNormalParams, v: MatrixNormalParams) -> MatrixNormalParams:
         """With S = A⁻¹δA, R = B⁻¹δB: p(‖S‖² + ‖diag S‖²) + n(‖R‖² + ‖diag R‖²) + 4 tr S tr R."""
