@@ -195,9 +195,13 @@ class Boltzmann:
 
     def _table(self, params: BoltzmannParams) -> tuple[Array, Array]:
         """The statistics of every configuration (2ⁿ, p), and its log-probability."""
-        x = self.support(params.field.dtype)
-        statistics = jax.vmap(lambda x: ravel(self.statistics(x)))(x)
+        statistics = self._all_statistics(params.field.dtype)
         return statistics, jax.nn.log_softmax(statistics @ ravel(params))
+
+    def _all_statistics(self, dtype: Any) -> Array:
+        x = np.array(list(itertools.product(self.values, repeat=self.n)))
+        i, j = all_pairs(self.n)
+        return jnp.asarray(np.concatenate([x, x[:, i] * x[:, j]], axis=1), dtype)
 
     def sample(self, params: BoltzmannParams, key: Array, n: int) -> Array:
         """n independent draws, shape (n, number of variables), from the table of all 2ⁿ."""
@@ -207,7 +211,7 @@ class Boltzmann:
     def log_prob(self, params: BoltzmannParams, x: Array) -> Array:
         """θ·T(x) − log Z, with Z the sum over all configurations."""
         x = point(x, (self.n,), params.field.dtype)
-        statistics = jax.vmap(lambda x: ravel(self.statistics(x)))(self.support(params.field.dtype))
+        statistics = self._all_statistics(params.field.dtype)
         own = ravel(self.statistics(x))
         return own @ ravel(params) - jax.nn.logsumexp(statistics @ ravel(params))
 
