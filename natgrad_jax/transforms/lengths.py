@@ -122,10 +122,12 @@ def retract(family: Any) -> Transformation:
     call `family.retract(params, step)` instead of adding.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import natgrad_jax as ng
         >>> family = ng.families.gaussian_full_rank(1)
         >>> params, tx = family.init(), ng.transforms.retract(family)
-        >>> update, _ = tx.update(family.init(scale=-2.0), tx.init(params), params)
+        >>> step = ng.families.FullRankParams(jnp.zeros(1), jnp.array([[-2.0]]))
+        >>> update, _ = tx.update(step, tx.init(params), params)
         >>> round(float((params.scale_tril + update.scale_tril)[0, 0]), 4)
         0.1353
     """
