@@ -237,7 +237,7 @@ def _of_guide(guide: Any) -> Callable[[Parameters], Any]:
     from numpyro.distributions import biject_to  # type: ignore[import-not-found, unused-ignore]
     from numpyro.infer import autoguide  # type: ignore[import-not-found, unused-ignore]
 
-    prefix = guide.prefix
+    prefix = getattr(guide, "prefix", "")  # every automatic guide has one
     if isinstance(guide, autoguide.AutoLowRankMultivariateNormal):
         names = [f"{prefix}_{part}" for part in ("loc", "scale", "cov_factor")]
         low_rank = partial(_NumpyroLowRank, prefix, biject_to(guide.scale_constraint))
@@ -247,11 +247,12 @@ def _of_guide(guide: Any) -> Callable[[Parameters], Any]:
         full_rank = partial(_NumpyroFullRank, prefix, biject_to(guide.scale_tril_constraint))
         return lambda params: full_rank(len(_all_of(params, names)[names[0]]))
     if isinstance(guide, autoguide.AutoNormal | autoguide.AutoDiagonalNormal):
-        ending = f"_{prefix}_loc" if isinstance(guide, autoguide.AutoNormal) else f"{prefix}_loc"
+        by_site = isinstance(guide, autoguide.AutoNormal)
         bijector = biject_to(guide.scale_constraint)
 
         def mean_field(params: Parameters) -> Any:
-            locs = tuple(sorted(name for name in params if name.endswith(ending)))
+            sites = sorted(name for name in params if name.endswith(f"_{prefix}_loc"))
+            locs = tuple(sites) if by_site else (f"{prefix}_loc",)
             scales = tuple(name.removesuffix("loc") + "scale" for name in locs)
             own = _all_of(params, locs + scales)
             return _NumpyroMeanField(locs, scales, Space.of([own[name] for name in locs]), bijector)
@@ -264,12 +265,11 @@ def _of_guide(guide: Any) -> Callable[[Parameters], Any]:
 
 
 def _all_of(params: Parameters, names: Any) -> Parameters:
-    """Those of the parameters; a `KeyError` that says which are there."""
+    """Those of the parameters; a `ValueError` that says which are there."""
     missing = [name for name in names if name not in params]
     if missing or not names:
-        raise KeyError(
-            f"params: the guide's {', '.join(missing) or 'locs'} not found among {', '.join(sorted(params))}"
-        )
+        wanted, there = ", ".join(missing) or "locs", ", ".join(sorted(params)) or "none"
+        raise ValueError(f"params: the guide's {wanted} not found among {there}; build SVI with the guide given here")
     return {name: params[name] for name in names}
 
 

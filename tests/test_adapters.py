@@ -195,6 +195,10 @@ def test_a_numpyro_model_is_a_log_density(float64):
     assert bool(result.converged)
 
 
+def _guide():
+    return pytest.importorskip("numpyro.infer.autoguide").AutoNormal(conjugate)
+
+
 def _guide_of_another_kind():
     autoguide = pytest.importorskip("numpyro.infer.autoguide")
     return adapters.numpyro(autoguide.AutoDelta(conjugate))
@@ -209,6 +213,12 @@ MISTAKES = {
     "no pair": (
         lambda: adapters.blackjax_meanfield(2).update(jnp.zeros(2), adapters.blackjax_meanfield(2).init(jnp.zeros(2)),
                                                       jnp.zeros(2)), TypeError, "params: blackjax_meanfield.*pair"
+    ),
+    "a function for a guide": (
+        lambda: pytest.importorskip("numpyro") and adapters.numpyro(conjugate), TypeError, "guide: expected.*function"
+    ),
+    "parameters of another guide": (
+        lambda: adapters.numpyro(_guide()).init({"x": jnp.zeros(2)}), ValueError, "params: the guide's locs.*among x"
     ),
     "another guide": (_guide_of_another_kind, TypeError, "guide: expected AutoNormal.*AutoDelta"),
 }  # fmt: skip

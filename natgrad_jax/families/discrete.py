@@ -438,7 +438,8 @@ def categorical(k: int, *, minimal: bool = False) -> Categorical:
 def boltzmann(n: int, values: tuple[float, float] = (-1.0, 1.0)) -> Boltzmann:
     """n two-valued variables with a field on each and a coupling on each pair, by sums over all 2ⁿ configurations.
 
-    Parameters: `BoltzmannParams`, the natural ones, p = n(n + 1)/2. Everything costs O(2ⁿ n²).
+    Parameters: `BoltzmannParams`, the natural ones, p = n(n + 1)/2. Everything costs O(2ⁿ n²),
+    in memory too: n is at most 16.
 
     Example:
         >>> import jax.numpy as jnp
@@ -448,8 +449,8 @@ def boltzmann(n: int, values: tuple[float, float] = (-1.0, 1.0)) -> Boltzmann:
         >>> round(float(family.to_mean(params).coupling[0]), 4)  # tanh 1
         0.7616
     """
-    if dimension(n, "boltzmann", "n", 2) > 20:
-        raise ValueError(f"n: expected at most 20 variables, got {n}: everything is a sum over 2**n configurations")
+    if dimension(n, "boltzmann", "n", 2) > 16:
+        raise ValueError(f"n: expected at most 16 variables, got {n}: there is a table of 2**n configurations")
     return Boltzmann(int(n), _two(values))
 
 

@@ -102,10 +102,10 @@ class GaussianFullRank(_Full):
         """N(loc, scale²): loc 0 and scale 1 unless given; scale is a number, (d,), or a lower triangle (d, d)."""
         scale = None if scale is None else jnp.asarray(scale)
         if scale is not None and scale.shape == (self.d, self.d):
-            lower = filled(scale, 1.0, (self.d, self.d), "scale")
-            loc, _ = located(lower[0, 0] * 0 if loc is None else loc, None, (self.d,))
+            lower = jnp.tril(filled(scale, 1.0, scale.shape, "scale"))
+            loc = jnp.zeros(self.d, lower.dtype) if loc is None else filled(loc, 0.0, (self.d,), "loc")
             dtype = jnp.promote_types(loc.dtype, lower.dtype)
-            return FullRankParams(loc.astype(dtype), jnp.tril(lower.astype(dtype)))
+            return FullRankParams(loc.astype(dtype), lower.astype(dtype))
         loc, scale = located(loc, scale, (self.d,))
         return FullRankParams(loc, jnp.diag(scale))
 

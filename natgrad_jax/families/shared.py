@@ -40,8 +40,7 @@ def located(
     loc: Any, scale: Any, shape: tuple[int, ...], default: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Array, Array]:
     """loc and scale of that shape in the dtype of what is given; a `ValueError` for a scale that is not positive."""
-    if scale is not None and surely(scale, lambda x: not np.all(x > 0)):
-        raise ValueError(f"scale: expected positive numbers, got {scale}")
+    positive(scale, "scale")
     given = [jnp.asarray(x).dtype for x in (loc, scale) if x is not None]
     dtype = jnp.result_type(float) if not given else jnp.result_type(*given)
     dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
