@@ -1,6 +1,17 @@
 """Natural gradients for JAX: any metric × any solver, as an optax transformation."""
 
-from natgrad_jax import adapters, damping, families, inference, metrics, operators, problems, solvers, transforms
+from natgrad_jax import (
+    adapters,
+    constraints,
+    damping,
+    families,
+    inference,
+    metrics,
+    operators,
+    problems,
+    solvers,
+    transforms,
+)
 from natgrad_jax.inference import fit
 from natgrad_jax.metrics import check_fisher, fisher_matrix
 from natgrad_jax.operators import report
@@ -11,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "adapters",
     "check_fisher",
+    "constraints",
     "damping",
     "families",
     "fisher_matrix",

@@ -14,6 +14,7 @@ PACKAGE = Path(ng.__file__).parent
 # module -> what it may import from the package. Metrics and solvers never see each other.
 ALLOWED = {
     "_tree": set(),
+    "constraints": {"_tree"},
     "operators": {"_tree"},
     "damping": {"_tree", "operators"},
     "metrics": {"_tree", "operators"},
@@ -33,8 +34,8 @@ HELPERS = {
     "solvers.check_solver", "solvers.damped_product",
 }  # fmt: skip
 PUBLIC = [
-    "adapters", "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems", "solvers",
-    "transforms",
+    "adapters", "constraints", "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems",
+    "solvers", "transforms",
 ]  # fmt: skip
 
 
@@ -116,7 +117,9 @@ def test_the_promised_names_exist():
         transforms.average transforms.every_k transforms.accumulate transforms.summary
         metrics.one_pass metrics.score_function metrics.variational_energy
         inference.exact_kl inference.elbo damping.relative damping.absolute damping.trace
-        damping.layered damping.metric"""
+        damping.layered damping.metric constraints.real constraints.positive constraints.interval constraints.ordered
+        constraints.simplex constraints.correlation constraints.correlation_cholesky constraints.covariance
+        constraints.constrain"""
     for name in promised.split():
         value = ng
         for part in name.split("."):
