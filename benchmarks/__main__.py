@@ -16,7 +16,7 @@ import optax
 import natgrad_jax as ng
 from natgrad_jax.demo import double_precision
 
-NAMES = ("inference", "full_rank", "jacobian", "solvers", "metrics", "transforms", "rules", "adapters")
+NAMES = ("inference", "full_rank", "jacobian", "solvers", "metrics", "transforms", "rules", "adapters", "posteriors")
 RESULTS = Path(__file__).parent / "results"
 
 
