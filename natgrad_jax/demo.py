@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from natgrad_jax import families, inference, metrics, problems, transforms
-from natgrad_jax.inference.fitting import FitResult
+from natgrad_jax.inference import FitResult
 from natgrad_jax.problems import Problem
 
 ADAM_RATES = (0.001, 0.005, 0.03)

@@ -326,12 +326,12 @@ def test_every_step_has_a_bounded_divergence(where, float64):
 
 
 def test_many_copies_in_one_call(float64):
-    """256 seeds of eight schools: nearly all within 0.1 nat of the best, none beyond 0.3, each at a bounded cost."""
+    """256 seeds of eight schools: nearly all within 0.1 nat of the best, none beyond 0.2, each at a bounded cost."""
     problem = ng.problems.eight_schools()
     run = lambda key: ng.fit(problem.log_density, full_rank(10), key)
     result = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 256))
     assert bool(np.all(result.converged)) and np.all(np.asarray(result.skipped) == 0)
-    assert int(np.max(result.gradients + result.hessian_products)) <= 3500
+    assert np.median(result.steps) <= 60 and int(np.max(result.steps)) <= 150
     noise = np.random.default_rng(5).normal(size=(10_000, 10))
     log_density = jax.vmap(problem.log_density)
 
@@ -341,7 +341,7 @@ def test_many_copies_in_one_call(float64):
         return jnp.mean(log_density(x)) - log_q + jnp.sum(jnp.log(jnp.diag(params.scale_tril)))
 
     gaps = problem.best - np.asarray(jax.jit(lambda p: jax.lax.map(elbo, p))(result.params))
-    assert np.mean(gaps < 0.1) >= 0.99 and gaps.max() < 0.3
+    assert np.mean(gaps < 0.1) >= 0.99 and gaps.max() < 0.2
     assert gaps.min() > -0.03  # `best` is the optimum, up to the judge's own error
 
 
@@ -385,12 +385,68 @@ def test_a_target_improper_along_one_line_never_converges(seed):
     assert int(result.status) != Status.CONVERGED
 
 
+def noise(x):
+    return float(np.random.default_rng().normal()) - 0.5 * x @ x  # what a user must not do
+
+
+def gaussian_of_one(x):
+    return -0.5 * x @ x
+
+
 MISTAKES = {
     "vector log_density": (
         lambda key: ng.fit(lambda x: x, full_rank(2), key), ValueError, r"log_density.*scalar.*\(2,\)"
     ),
-    "discrete family": (
-        lambda key: ng.fit(lambda x: x[0], ng.families.bernoulli(2), key), TypeError, "family.*exact_kl"
+    "no family": (lambda key: ng.fit(lambda x: x[0], full_rank, key), TypeError, "family.*gaussian_full_rank"),
+    "no function": (lambda key: ng.fit(3.0, full_rank(2), key), TypeError, "log_density.*float"),
+    "whole numbers": (lambda key: ng.fit(lambda x: jnp.sum(x).astype(int), full_rank(2), key), ValueError, "real"),
+    "NaN in init": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, init=full_rank(2).init(jnp.nan)),
+        ValueError, "init.*NaN",
+    ),
+    "randomness": (lambda key: ng.fit(noise, full_rank(2), key), ValueError, "log_density.*Python state.*data"),
+    "no estimator": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, estimator=ng.inference.stl),
+        TypeError, "estimator.*called",
+    ),
+    "stl of spins": (
+        lambda key: ng.fit(lambda x: x[0], ng.families.bernoulli(2), key, estimator=ng.inference.stl()),
+        TypeError, r"stl.*differentiable.*score\(\)",
+    ),
+    "price of a Gamma": (
+        lambda key: ng.fit(lambda x: x[0], ng.families.gamma(2), key, estimator=ng.inference.price()),
+        TypeError, "price",
+    ),
+    "sum over reals": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, estimator=ng.inference.exact()),
+        TypeError, "finite support",
+    ),
+    "normal draws of a Gamma": (
+        lambda key: ng.fit(
+            lambda x: x[0], ng.families.gamma(2), key, estimator=ng.inference.stl(ng.inference.antithetic(8))
+        ), TypeError, "draws.*independent",
+    ),
+    "zero draws": (lambda key: ng.inference.stl(0), ValueError, "draws.*positive.*got 0"),
+    "one draw for a baseline": (lambda key: ng.inference.score(1), ValueError, "draws.*at least 2.*got 1"),
+    "too many nodes": (
+        lambda key: ng.fit(
+            lambda x: x[0], full_rank(9), key, estimator=ng.inference.stl(ng.inference.gauss_hermite(5))
+        ), ValueError, "gauss_hermite.*100,000",
+    ),
+    "fixed number": (lambda key: ng.inference.fixed(8), TypeError, "draws.*antithetic"),
+    "one final draw": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, final_draws=1), ValueError, "final_draws.*25.*got 1"
+    ),
+    "minibatch without data": (
+        lambda key: ng.fit(ng.inference.minibatch(jnp.sum, lambda x, y: x[0], 2), full_rank(2), key), ValueError, "data"
+    ),
+    "batch_size": (lambda key: ng.inference.minibatch(jnp.sum, jnp.sum, 0), ValueError, "batch_size.*got 0"),
+    "table of lanes": (
+        lambda key: ng.inference.best_of(ng.fit(gaussian_of_one, full_rank(1), key)), ValueError, "leading axis"
+    ),
+    "vector objective": (
+        lambda key: ng.inference.minimise(lambda x: x, ng.metrics.scales(jnp.ones(2)), jnp.zeros(2)),
+        ValueError, "objective.*scalar",
     ),
     "init of another family": (
         lambda key: ng.fit(lambda x: x[0], full_rank(2), key, init=mean_field(2).init()), ValueError, "init"
@@ -399,7 +455,6 @@ MISTAKES = {
         lambda key: ng.fit(lambda x: x[0], full_rank(2), key, init=full_rank(3).init()), ValueError, "init"
     ),
     "max_steps": (lambda key: ng.fit(lambda x: x[0], full_rank(2), key, max_steps=0), ValueError, "max_steps.*got 0"),
-    "min_draws": (lambda key: ng.fit(lambda x: x[0], full_rank(2), key, min_draws=0), ValueError, "min_draws.*got 0"),
     "tol": (lambda key: ng.fit(lambda x: x[0], full_rank(2), key, tol=-1.0), ValueError, "tol.*got -1.0"),
     "units": (lambda key: ng.problems.breast_cancer("inches"), ValueError, "units.*inches"),
 }  # fmt: skip

@@ -81,10 +81,28 @@ def _normal_entropy(log_det: Array, d: int) -> Array:
     return log_det + d / 2 * (1 + LOG_2PI)
 
 
-class _Full:
-    """What a full-rank Gaussian is in coordinates that do not depend on its parameters."""
+class _Normal:
+    """Draws of a Gaussian: `push` maps standard normal numbers to them, `noise` for each."""
 
-    d: int
+    d: Any
+    reparameterised = True
+
+    @property
+    def noise(self) -> int:
+        """d normal numbers for a draw."""
+        return int(self.d)
+
+    def push(self, params: Any, eps: Array) -> Array:
+        """The draws, shape (n, d), that go with ε of shape (n, noise)."""
+        raise NotImplementedError
+
+    def sample(self, params: Any, key: Array, n: int) -> Array:
+        """n draws, shape (n, d)."""
+        return self.push(params, jax.random.normal(key, (n, self.noise), jax.tree.leaves(params)[0].dtype))
+
+
+class _Full(_Normal):
+    """What a full-rank Gaussian is in coordinates that do not depend on its parameters."""
 
     def statistics(self, x: Array) -> GaussianCoordinates:
         """T(x) = (x, xxᵀ)."""
@@ -96,7 +114,6 @@ class GaussianFullRank(_Full):
     """See `gaussian_full_rank`."""
 
     d: int
-    reparameterised = True
 
     def init(self, loc: Any = None, scale: Any = None) -> FullRankParams:
         """N(loc, scale²): loc 0 and scale 1 unless given; scale is a number, (d,), or a lower triangle (d, d)."""
@@ -109,9 +126,8 @@ class GaussianFullRank(_Full):
         loc, scale = located(loc, scale, (self.d,))
         return FullRankParams(loc, jnp.diag(scale))
 
-    def sample(self, params: FullRankParams, key: Array, n: int) -> Array:
-        """n draws, shape (n, d)."""
-        eps = jax.random.normal(key, (n, self.d), params.loc.dtype)
+    def push(self, params: FullRankParams, eps: Array) -> Array:
+        """μ + Lε for every ε, shape (n, d)."""
         return params.loc + eps @ jnp.tril(params.scale_tril).T
 
     def log_prob(self, params: FullRankParams, x: Array) -> Array:
@@ -173,16 +189,14 @@ class GaussianPrecision(_Full):
     """See `gaussian_precision`."""
 
     d: int
-    reparameterised = True
 
     def init(self, loc: Any = None, scale: Any = None) -> PrecisionParams:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given; scale is a number or (d,)."""
         loc, scale = located(loc, scale, (self.d,))
         return PrecisionParams(loc, jnp.diag(1 / scale))
 
-    def sample(self, params: PrecisionParams, key: Array, n: int) -> Array:
-        """n draws, shape (n, d)."""
-        eps = jax.random.normal(key, (n, self.d), params.loc.dtype)
+    def push(self, params: PrecisionParams, eps: Array) -> Array:
+        """μ + L⁻ᵀε for every ε, shape (n, d)."""
         return params.loc + solve_triangular(params.precision_tril, eps.T, lower=True, trans=1).T
 
     def log_prob(self, params: PrecisionParams, x: Array) -> Array:
@@ -239,20 +253,19 @@ def _precision_mv(params: PrecisionParams, v: PrecisionParams) -> PrecisionParam
 
 
 @dataclass(frozen=True)
-class GaussianMeanField:
+class GaussianMeanField(_Normal):
     """See `gaussian_mean_field`."""
 
     d: int
-    reparameterised = True
 
     def init(self, loc: Any = None, scale: Any = None) -> MeanFieldParams:
         """N(loc, diag(scale²)): loc 0 and scale 1 unless given."""
         loc, scale = located(loc, scale, (self.d,))
         return MeanFieldParams(loc, jnp.log(scale))
 
-    def sample(self, params: MeanFieldParams, key: Array, n: int) -> Array:
-        """n draws, shape (n, d)."""
-        return params.loc + jnp.exp(params.log_scale) * jax.random.normal(key, (n, self.d), params.loc.dtype)
+    def push(self, params: MeanFieldParams, eps: Array) -> Array:
+        """μ + σε for every ε, shape (n, d)."""
+        return params.loc + jnp.exp(params.log_scale) * eps
 
     def log_prob(self, params: MeanFieldParams, x: Array) -> Array:
         """−½Σ((x − μ)/σ)² − Σ log σ − (d/2) log 2π."""
@@ -296,11 +309,10 @@ class GaussianMeanField:
 
 
 @dataclass(frozen=True)
-class GaussianBlockDiagonal:
+class GaussianBlockDiagonal(_Normal):
     """See `gaussian_block_diagonal`."""
 
     sizes: tuple[int, ...]
-    reparameterised = True
 
     @property
     def d(self) -> int:
@@ -321,11 +333,10 @@ class GaussianBlockDiagonal:
         locs, scales = map(self._parts, located(loc, scale, (self.d,)))
         return tuple(block.init(loc, scale) for block, loc, scale in zip(self._blocks, locs, scales, strict=True))
 
-    def sample(self, params: tuple[FullRankParams, ...], key: Array, n: int) -> Array:
-        """n draws, shape (n, d)."""
-        keys = jax.random.split(key, len(self.sizes))
-        draws = [block.sample(p, key, n) for block, p, key in zip(self._blocks, params, keys, strict=True)]
-        return jnp.concatenate(draws, axis=-1)
+    def push(self, params: tuple[FullRankParams, ...], eps: Array) -> Array:
+        """The map of each block, for every ε, shape (n, d)."""
+        members = zip(self._blocks, params, self._parts(eps), strict=True)
+        return jnp.concatenate([block.push(p, own) for block, p, own in members], axis=-1)
 
     def log_prob(self, params: tuple[FullRankParams, ...], x: Array) -> Array:
         """The sum over the blocks."""
@@ -367,12 +378,11 @@ class GaussianBlockDiagonal:
 
 
 @dataclass(frozen=True)
-class GaussianLowRank:
+class GaussianLowRank(_Normal):
     """See `gaussian_low_rank`."""
 
     d: int
     rank: int
-    reparameterised = True
 
     def init(self, loc: Any = None, scale: Any = None) -> LowRankParams:
         """Mean loc (0), standard deviations scale (1); half of each variance is in B, one entry a row."""
@@ -382,9 +392,13 @@ class GaussianLowRank:
         factor = jnp.where(owner, math.sqrt(0.5) * scale[:, None], 0)
         return LowRankParams(loc, jnp.log(scale) - 0.5 * math.log(2), factor)
 
-    def sample(self, params: LowRankParams, key: Array, n: int) -> Array:
-        """n draws, shape (n, d)."""
-        eps = jax.random.normal(key, (n, self.d + self.rank), params.loc.dtype)
+    @property
+    def noise(self) -> int:
+        """d + rank normal numbers for a draw."""
+        return self.d + self.rank
+
+    def push(self, params: LowRankParams, eps: Array) -> Array:
+        """μ + σε₁ + Bε₂ for every ε, shape (n, d + rank)."""
         return params.loc + jnp.exp(params.log_scale) * eps[:, : self.d] + eps[:, self.d :] @ params.factor.T
 
     def log_prob(self, params: LowRankParams, x: Array) -> Array:
@@ -491,12 +505,11 @@ def _pseudo_inverse(matrix: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class GaussianBanded:
+class GaussianBanded(_Normal):
     """See `gaussian_banded`."""
 
     d: int
     bandwidth: int
-    reparameterised = True
 
     @property
     def _inside(self) -> Array:
@@ -516,9 +529,8 @@ class GaussianBanded:
         loc, scale = located(loc, scale, (self.d,))
         return BandedParams(loc, jnp.zeros((self.d, self.bandwidth + 1), scale.dtype).at[:, 0].set(1 / scale))
 
-    def sample(self, params: BandedParams, key: Array, n: int) -> Array:
-        """n draws, shape (n, d), in O(nd·bandwidth)."""
-        eps = jax.random.normal(key, (n, self.d), params.loc.dtype)
+    def push(self, params: BandedParams, eps: Array) -> Array:
+        """μ + L⁻ᵀε for every ε, shape (n, d)."""
         return params.loc + jax.vmap(lambda e: self._backward(params, e))(eps)
 
     def log_prob(self, params: BandedParams, x: Array) -> Array:

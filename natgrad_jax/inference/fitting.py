@@ -1,8 +1,8 @@
 """fit: a log-density and a family in, the best approximation and an honest status out."""
 
-import enum
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,135 +10,92 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natgrad_jax._tree import PyTree, concrete, surely
-from natgrad_jax.families import FullRankParams, GaussianFullRank, GaussianMeanField, MeanFieldParams
-from natgrad_jax.inference import whitened
-from natgrad_jax.inference.whitened import Frame, State
+from natgrad_jax import solvers
+from natgrad_jax._tree import PyTree, all_finite, surely
+from natgrad_jax.families import GaussianFullRank, GaussianMeanField, GaussianPrecision
+from natgrad_jax.families.shared import dimension
+from natgrad_jax.inference import descent, diagnostics, estimators, lanes, progress, whitened
+from natgrad_jax.inference.descent import Geometry, State
+from natgrad_jax.inference.draws import Draws, Fixed, Independent, independent, orthogonal
+from natgrad_jax.inference.estimators import ClosedForm, Estimator, Exact, Price, Score
+from natgrad_jax.inference.results import FitResult, Status
+from natgrad_jax.inference.retracted import OfFamily, OfObjective
+from natgrad_jax.inference.targets import Minibatch, checked
 
-FINAL_DRAWS = 256
-
-
-class Status(enum.IntEnum):
-    """How a fit ended.
-
-    CONVERGED: the estimated gap to the optimum is below the tolerance.
-    STEP_LIMIT: `max_steps` evaluations were not enough.
-    NON_FINITE: log_density or its gradient is NaN or infinite where q has mass.
-    """
-
-    CONVERGED = 0
-    STEP_LIMIT = 1
-    NON_FINITE = 2
+LEAST_DRAWS = 40  # of a Gaussian; with fewer, eight schools in a hundred stop more than 0.1 nat below their best
+OTHER_DRAWS = 64  # of any other family
+LARGEST_SUM = 4096  # configurations of a finite family, up to which it is summed without being asked
+WHITENED = (GaussianFullRank, GaussianPrecision, GaussianMeanField)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "params", "elbo", "final_elbo", "final_error", "status", "natural_norm",
-        "steps", "rejected", "skipped", "gradients", "hessian_products", "path",
-    ],
-    meta_fields=["family"],
-)  # fmt: skip
 @dataclass(frozen=True)
-class FitResult:
-    """What `fit` returns; arrays with a leading axis under `vmap`.
+class _Plan:
+    """Everything about a fit that is no array."""
 
-    Attributes:
-        params: parameters of the family: the average of the last iterates.
-        elbo: history, the estimate at the last accepted point after each step, in nats; NaN after the last step;
-            shape (max_steps,).
-        final_elbo: estimate at `params` from 256 fresh draws, nats.
-        final_error: its standard error.
-        status: a `Status`, as an integer array.
-        natural_norm: gᵀF⁻¹g near the end, nats (twice the estimated gap); may be slightly negative by noise.
-        steps: evaluations of the gradient estimate.
-        rejected: steps taken back because the ELBO fell.
-        skipped: evaluations that were not finite, and led to no step.
-        gradients: gradients of log_density in all.
-        hessian_products: Hessian-vector products, for the start.
-        path: the accepted parameters after each step, stacked, 0 after the last; None unless `keep_path`.
-        family: the family.
-    """
-
-    params: PyTree
-    elbo: Array
-    final_elbo: Array
-    final_error: Array
-    status: Array
-    natural_norm: Array
-    steps: Array
-    rejected: Array
-    skipped: Array
-    gradients: Array
-    hessian_products: Array
-    path: PyTree
+    log_density: Callable[..., Array]
     family: Any
-
-    @property
-    def converged(self) -> Array:
-        """status == Status.CONVERGED."""
-        return self.status == Status.CONVERGED
-
-    def sample(self, key: Array, n: int) -> Array:
-        """n draws from the fitted q; of a single fit, not of a vmapped one (vmap over it)."""
-        return self.family.sample(self.params, key, n)
-
-    def log_prob(self, x: Array) -> Array:
-        """log q(x) for one x."""
-        return self.family.log_prob(self.params, x)
-
-    def __str__(self) -> str:
-        if not concrete(self.status) or self.status.ndim:
-            return f"FitResult({self.family}, status of shape {jnp.shape(self.status)})"
-        return (
-            f"{Status(int(self.status)).name.lower()} after {int(self.steps)} steps, {int(self.gradients)} gradients: "
-            f"ELBO {float(self.final_elbo):.3f} ± {float(self.final_error):.3f} nats"
-            + (f", {int(self.skipped)} evaluations not finite" if int(self.skipped) else "")
-        )
+    estimator: Estimator
+    draws: Draws
+    max_steps: int
+    final_draws: int
+    find_scale: bool
+    keep_path: bool
+    progress: bool
 
 
 def fit(
     log_density: Callable[..., Array],
-    family: GaussianFullRank | GaussianMeanField,
+    family: Any,
     key: Array,
     *,
     data: PyTree = None,
     init: PyTree = None,
+    estimator: Estimator | None = None,
     max_steps: int = 200,
     tol: float = 0.01,
-    min_draws: int = 40,
+    final_draws: int = 1000,
     keep_path: bool = False,
+    show_progress: bool = False,
 ) -> FitResult:
-    """Fits q = N(μ, Σ) to an unnormalised log-density: minimises KL(q‖p) by natural gradients.
+    """Fits q to an unnormalised log-density: minimises KL(q‖p) by natural gradients.
 
-    The steps, the trust region, the acceptance and the stopping rule live in the frame in which q is N(0, I), so the
-    result does not depend on the units of x: rescaled coordinates give the same ELBO curve. There is nothing to tune.
-    Each step uses 2d draws, at least `min_draws`, in antithetic pairs along orthogonal directions; a step has a bounded
-    exact KL divergence, is taken back if the ELBO falls by three standard errors, and cannot leave the family. It
-    stops when ½gᵀF⁻¹g, estimated without bias, and the noise of the average are below `tol`, and returns an average of
-    the last iterates.
+    There is nothing to tune, and the result does not depend on the units of x: rescaled coordinates give one ELBO
+    curve. A step has a bounded KL divergence, is taken back if the ELBO falls by three standard errors, and cannot
+    leave the family. It stops when ½gᵀF⁻¹g, estimated without bias, and the noise of the average are below `tol`, and
+    returns an average of the last iterates.
+
+    Full-rank, precision and mean-field Gaussians move in the frame in which q is N(0, I), where a step is a straight
+    line in natural parameters, with 2d draws a step, at least 40, in antithetic pairs along orthogonal directions.
+    Every other family moves by its own retraction: with 64 draws a step, or by the exact sum if it is finite and small.
+
+    Under `vmap` (over keys, data, starts, tolerances) each problem costs the steps that it needs: when one ends, the
+    next takes its place.
 
     Args:
-        log_density: log p̃(x), or log p̃(x, data), for one x of shape (d,); nats, up to a constant. Compiled once per
-            function: pass new data through `data`.
-        family: `families.gaussian_full_rank(d)` or `families.gaussian_mean_field(d)`.
+        log_density: log p̃(x), or log p̃(x, data), for one x; nats, up to a constant. Compiled once per function: pass
+            new data through `data`. `inference.minibatch` makes one that sees a part of the data in each step.
+        family: one of `families`; x is what its `sample` draws.
         key: a JAX random key.
         data: pytree handed to log_density as the second argument; `vmap` may run over it.
-        init: parameters to start from. None: loc 0, scales from the diagonal of the Hessian there.
+        init: parameters to start from. None: `family.init()`, with the scales of a Gaussian from the diagonal of the
+            Hessian there.
+        estimator: `inference.stl()` and its like. None: `exact` for finite families of at most 4096 configurations,
+            `stl` where draws are differentiable, else `score`.
         max_steps: limit on evaluations of the gradient estimate.
         tol: nats of ELBO; relative error of a posterior scale is about √tol.
-        min_draws: draws per step are the smallest multiple of 2d that is at least this.
+        final_draws: draws for `final_elbo` and `khat`.
         keep_path: keep the parameters after every step in `.path`; max_steps times their memory.
+        show_progress: show a bar with the ELBO (of a single fit; needs tqdm).
 
     Returns:
         `FitResult`. Numerical trouble is in `.status`; under `vmap` one bad problem leaves its neighbours untouched.
 
     Raises:
-        TypeError: a family that is not Gaussian.
-        ValueError: log_density does not map one x to a scalar, `init` does not fit the family, max_steps, tol or
-            min_draws not positive.
+        TypeError: what is no family or no estimator, or an estimator that the family does not allow.
+        ValueError: log_density does not map one x to a scalar, or is not the same function at every call; `init` does
+            not fit the family; max_steps, tol or final_draws not positive.
 
-    Cost: per step n = max(2d, min_draws) gradients, and O(d³) beside them (mean field: for the draws alone).
+    Cost: per step n gradients, and O(d³) beside them (mean field: for the draws alone).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -151,109 +108,341 @@ def fit(
     Reference: Khan and Rue, "The Bayesian learning rule" (2023), section 4.2, for the natural-parameter step; Roeder,
     Wu, Duvenaud (2017) for the score difference; the safeguards are ours.
     """
-    if not isinstance(family, GaussianFullRank | GaussianMeanField):
+    _check_family(family)
+    _check_numbers(max_steps=max_steps, tol=tol)
+    final_draws = dimension(final_draws, "final_draws", "n", 5 * diagnostics.FEWEST)
+    estimator = _default_estimator(family) if estimator is None else estimator
+    draws = _resolved(estimator, family)
+    default = _initial(family, init)
+    x = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], family.sample(default, jax.random.key(0), 1)))
+    shapes = jax.tree.map(jnp.shape, x)
+    what = f"one x of shape {shapes}" if isinstance(shapes, tuple) else f"one x of shapes {shapes}"
+    target, data = checked(log_density, x, data, what)
+    plan = _Plan(
+        target,
+        family,
+        estimator,
+        draws,
+        int(max_steps),
+        final_draws,
+        init is None,
+        bool(keep_path),
+        bool(show_progress),
+    )
+    return _run(plan, key, data, default, jnp.asarray(tol, _dtype(default)))
+
+
+def minimise(
+    objective: Callable[..., Array],
+    metric: Callable[..., Any],
+    params: PyTree,
+    *,
+    data: PyTree = None,
+    solver: Any = None,
+    damping: Any = None,
+    retract: Callable[[PyTree, PyTree], PyTree] | None = None,
+    max_steps: int = 200,
+    tol: float = 1e-6,
+    keep_path: bool = False,
+) -> FitResult:
+    """Minimises a deterministic objective under a metric, by the same descent as `fit`.
+
+    Steps θ − s·G⁻¹∇L, s = 1 unless the objective then falls by too little: s is cut until it does. It stops when
+    ½∇LᵀG⁻¹∇L < tol, in the units of the objective.
+
+    Args:
+        objective: objective(params), or objective(params, data); a scalar.
+        metric: metric(params) -> operator, of `metrics`; metrics that need data take it from `data`, a dictionary.
+        params: where to start.
+        data: pytree handed to the objective; if the metric names keyword-only parameters, a dictionary that has them.
+        solver: see `solvers.solve`.
+        damping: see `solvers.solve`.
+        retract: retract(params, step), for parameters that must not leave a set; None adds.
+        max_steps: limit on evaluations.
+        tol: on ½∇LᵀG⁻¹∇L.
+        keep_path: keep the parameters after every step.
+
+    Returns:
+        `FitResult`: `.elbo` is the history of −objective, `.final_elbo` its last value, `.khat` NaN, `.family` None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> objective = lambda x: 0.5 * jnp.sum((x / jnp.array([1.0, 1e4]) - 1) ** 2)
+        >>> result = ng.inference.minimise(objective, ng.metrics.scales(jnp.array([1.0, 1e4])), jnp.zeros(2))
+        >>> [round(float(x), 3) for x in result.params]
+        [1.0, 10000.0]
+    """
+    for name, f in (("objective", objective), ("metric", metric)):
+        if not callable(f):
+            raise TypeError(f"{name}: expected a function, got {type(f).__name__}")
+    _check_numbers(max_steps=max_steps, tol=tol)
+    params = jax.tree.map(jnp.asarray, params)
+    arguments = (params,) if data is None else (params, data)
+    out = jax.eval_shape(objective, *arguments)
+    if getattr(out, "shape", None) != ():
+        raise ValueError(f"objective: expected a scalar, got {jax.tree.map(lambda s: s.shape, out)}")
+    solver = solvers.check_solver(solvers.auto() if solver is None else solver)
+    return _minimise(objective, metric, solver, retract, int(max_steps), bool(keep_path), params, data, damping, tol)
+
+
+# What fit takes where nothing is said, and what it refuses.
+
+
+def _check_family(family: Any) -> None:
+    missing = [name for name in ("init", "sample", "log_prob", "fisher", "retract") if not hasattr(family, name)]
+    if isinstance(family, type) or callable(family) or missing:
         raise TypeError(
-            f"family: expected families.gaussian_full_rank(d) or gaussian_mean_field(d), got {family!r}. "
-            "For a discrete q minimise inference.exact_kl or inference.elbo with natural_gradient(lr, family.fisher)."
+            f"family: expected one of natgrad_jax.families, such as families.gaussian_full_rank(d); got {family!r}"
         )
-    for name, value in (("max_steps", max_steps), ("min_draws", min_draws), ("tol", tol)):
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
         if surely(value, lambda x: not x > 0):
             raise ValueError(f"{name}: expected a positive number, got {value}")
-    default = family.init() if init is None else init
-    if jax.tree.map(jnp.shape, default) != jax.tree.map(jnp.shape, family.init()):
+
+
+def _initial(family: Any, init: PyTree) -> PyTree:
+    default = family.init()
+    if init is None:
+        return default
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    if shapes(init) != shapes(default):
         raise ValueError(
-            f"init: expected parameters like family.init() of {family}, got {jax.tree.map(jnp.shape, init)}"
+            f"init: expected parameters like family.init() of {family}, shapes {shapes(default)}; got {shapes(init)}"
         )
-    x = jax.ShapeDtypeStruct((family.d,), default.loc.dtype)
-    out = jax.eval_shape(log_density, *((x,) if data is None else (x, data)))
-    if getattr(out, "shape", None) != ():
-        raise ValueError(
-            f"log_density: expected a scalar for one x of shape ({family.d},), got "
-            f"{jax.tree.map(lambda s: s.shape, out)}. Sum over data points and components; x has no batch axis."
+    if surely(all_finite(jax.tree.map(jnp.asarray, init)), lambda finite: not finite):
+        raise ValueError("init: expected finite parameters, got NaN or infinity")
+    return jax.tree.map(jnp.asarray, init)
+
+
+def _dtype(params: PyTree) -> Any:
+    return jnp.result_type(*(x.dtype for x in jax.tree.leaves(params)))
+
+
+def _support_size(family: Any) -> float:
+    """Configurations of a finite family; inf of any other."""
+    if not hasattr(family, "support"):
+        return float("inf")
+    return family.k if hasattr(family, "k") else 2.0**family.n
+
+
+def _default_estimator(family: Any) -> Estimator:
+    if _support_size(family) <= LARGEST_SUM:
+        return estimators.exact()
+    return estimators.stl() if family.reparameterised else estimators.score()
+
+
+def _resolved(estimator: Any, family: Any) -> Draws:
+    """The draws of an estimator; an error if the two do not go together."""
+    estimators.check_estimator(estimator)
+    name = type(estimator).__name__.lower()
+    if isinstance(estimator, Exact) and not hasattr(family, "support"):
+        raise TypeError(f"estimator: exact() needs a family with a finite support, got {family}; take stl() or score()")
+    if isinstance(estimator, ClosedForm) and not hasattr(family, "entropy"):
+        raise TypeError(f"estimator: closed_form() needs a family with an entropy, which {family} has not")
+    if isinstance(estimator, Price) and not isinstance(family, WHITENED):
+        raise TypeError(f"estimator: price() is for full-rank, precision and mean-field Gaussians, got {family}")
+    if not isinstance(estimator, Exact | ClosedForm | Score) and not family.reparameterised:
+        raise TypeError(f"estimator: {name}() needs differentiable draws, which {family} has not; take score()")
+    normal = hasattr(family, "push")
+    draws = estimator.draws
+    if draws is None:
+        return orthogonal(LEAST_DRAWS) if normal else independent(OTHER_DRAWS)
+    inner = draws.inner if isinstance(draws, Fixed) else draws
+    if not normal and not isinstance(inner, Independent):
+        raise TypeError(
+            f"draws: {family} has no draws made from normal ones; expected a number or independent(n), got {draws!r}"
         )
-    n = whitened.number_of_draws(family.d, min_draws)
-    return _run(log_density, family, n, max_steps, init is None, keep_path, key, data, default, tol)
+    return draws
+
+
+# The run.
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(plan: _Plan, key: Array, data: PyTree, init: PyTree, tol: Array) -> FitResult:
+    in_frame = isinstance(plan.family, WHITENED) and not plan.estimator.exact
+
+    def begin(args: Any) -> State:
+        key, data, init, _ = args
+        point = whitened.to_frame(init) if in_frame else init
+        if in_frame and plan.find_scale and not isinstance(plan.estimator, Score):
+            point = whitened.curvature_start(_whole(plan, data), point)
+        return descent.start(_geometry(plan, in_frame, data, key), point, key)
+
+    def step(args: Any, state: State) -> State:
+        key, data = args[:2]
+        own = jax.random.fold_in(key, state.count)
+        geometry = _geometry(plan, in_frame, data, own)
+        new = descent.step(geometry, state, own if plan.draws.random else key)
+        if plan.progress:
+            jax.debug.callback(partial(progress.show, plan.max_steps), new.count, new.value, ~unfinished(args, new))
+        return new
+
+    def unfinished(args: Any, state: State) -> Array:
+        key, data, _, tol = args
+        ended = descent.converged(_geometry(plan, in_frame, data, key), state, tol) | descent.lost(state)
+        return (state.count < plan.max_steps) & ~ended
+
+    def shown(point: PyTree) -> PyTree:
+        return whitened.from_frame(point, init) if in_frame else point
+
+    def row(state: State) -> PyTree:
+        return state.value, shown(state.base) if plan.keep_path else None
+
+    def end(args: Any, state: State) -> FitResult:
+        key, data, _, tol = args
+        geometry = _geometry(plan, in_frame, data, key)
+        params = shown(descent.mean_iterate(geometry, state))
+        elbo, error, khat = _judged(plan, data, params, jax.random.fold_in(key, plan.max_steps))
+        per_step, at_start = _products(plan, in_frame)
+        n = _evaluations(plan)
+        return FitResult(
+            params=params,
+            elbo=state.value,
+            final_elbo=elbo,
+            final_error=error,
+            status=_status(geometry, state, tol, jnp.isfinite(elbo)),
+            natural_norm=descent.natural_norm(state),
+            khat=khat,
+            steps=state.count,
+            rejected=state.rejected,
+            skipped=state.skipped,
+            gradients=n * state.count,
+            hessian_products=per_step * n * state.count + at_start,
+            path=None,
+            family=plan.family,
+        )
+
+    result, (history, path) = lanes.run(
+        lanes.Iteration(begin, step, unfinished, row, end, plan.max_steps), (key, data, init, tol)
+    )
+    return replace(result, elbo=history, path=path)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _run(
-    log_density: Callable[..., Array],
-    family: Any,
-    n: int,
+def _minimise(
+    objective: Callable[..., Array],
+    metric: Callable[..., Any],
+    solver: Any,
+    retract: Callable[[PyTree, PyTree], PyTree] | None,
     max_steps: int,
-    find_scale: bool,
     keep_path: bool,
-    key: Array,
+    params: PyTree,
     data: PyTree,
-    init: PyTree,
+    damping: Any,
     tol: Array,
 ) -> FitResult:
-    target = log_density if data is None else lambda x: log_density(x, data)
-    frame = _frame(init)
-    if find_scale:
-        frame = _curvature_start(target, frame)
-    dtype, d = frame.loc.dtype, family.d
+    def geometry(data: PyTree) -> OfObjective:
+        own = _data_of(metric, data)
+        value = objective if data is None else lambda params: objective(params, data)
+        return OfObjective(value, lambda params: metric(params, **own), solver, damping, retract)
 
-    def unfinished(carry: tuple[State, Array, PyTree]) -> Array:
-        state = carry[0]
-        lost = state.in_a_row >= whitened.GIVE_UP_AFTER
-        return (state.count < max_steps) & ~whitened.converged(state, tol) & ~lost
+    key = jax.random.key(0)
 
-    def advance(carry: tuple[State, Array, PyTree]) -> tuple[State, Array, PyTree]:
-        state, history, path = carry
-        eps = whitened.orthogonal_draws(jax.random.fold_in(key, state.count), d, n, dtype)
-        new = whitened.step(target, state, eps)
-        if keep_path:
-            path = jax.tree.map(lambda rows, x: rows.at[state.count].set(x), path, _params(new.base, init))
-        return new, history.at[state.count].set(new.elbo), path
+    def end(args: Any, state: State) -> FitResult:
+        at = geometry(args[1])
+        return FitResult(
+            params=state.base,
+            elbo=state.value,
+            final_elbo=state.value,
+            final_error=jnp.zeros_like(state.value),
+            status=_status(at, state, args[2], jnp.isfinite(state.value)),
+            natural_norm=descent.natural_norm(state),
+            khat=jnp.full_like(state.value, jnp.nan),
+            steps=state.count,
+            rejected=state.rejected,
+            skipped=state.skipped,
+            gradients=state.count,
+            hessian_products=jnp.zeros_like(state.count),
+            path=None,
+            family=None,
+        )
 
-    path = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), dtype), init) if keep_path else None
-    start = (whitened.start(frame), jnp.full((max_steps,), jnp.nan, dtype), path)
-    state, history, path = jax.lax.while_loop(unfinished, advance, start)
+    def unfinished(args: Any, state: State) -> Array:
+        ended = descent.converged(geometry(args[1]), state, args[2]) | descent.lost(state)
+        return (state.count < max_steps) & ~ended
 
-    final = whitened.mean_iterate(state)
-    eps = jax.random.normal(jax.random.fold_in(key, max_steps), (FINAL_DRAWS // 2, d), dtype)
-    elbo, error = whitened.estimate_elbo(target, final, jnp.concatenate([eps, -eps]))
-    finite = state.started & (state.in_a_row == 0) & jnp.isfinite(elbo)
-    status = jnp.where(whitened.converged(state, tol), Status.CONVERGED, Status.STEP_LIMIT)
-    return FitResult(
-        params=_params(final, init),
-        elbo=history,
-        final_elbo=elbo,
-        final_error=error,
-        status=jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32),
-        natural_norm=whitened.natural_norm(state),
-        steps=state.count,
-        rejected=state.rejected,
-        skipped=state.skipped,
-        gradients=n * state.count,
-        hessian_products=jnp.asarray(d if find_scale else 0, jnp.int32),
-        path=path,
-        family=family,
+    iteration = lanes.Iteration(
+        begin=lambda args: descent.start(geometry(args[1]), args[0], key),
+        step=lambda args, state: descent.step(geometry(args[1]), state, key),
+        unfinished=unfinished,
+        row=lambda state: (state.value, state.base if keep_path else None),
+        end=end,
+        max_steps=max_steps,
     )
+    result, (history, path) = lanes.run(iteration, (params, data, jnp.asarray(tol)))
+    return replace(result, elbo=history, path=path)
 
 
-def _curvature_start(target: Callable[[Array], Array], frame: Frame) -> Frame:
-    """Scales |∂²log p̃/∂x_i²|^(−½) at the start: covariant under units. A coordinate without curvature keeps its own."""
-
-    def curvature(e: Array) -> Array:
-        return jax.jvp(jax.grad(target), (frame.loc,), (e,))[1] @ e
-
-    scale = 1 / jnp.sqrt(jnp.abs(jax.vmap(curvature)(jnp.eye(len(frame.loc), dtype=frame.loc.dtype))))
-    own = frame.factor if frame.factor.ndim == 1 else jnp.diagonal(frame.factor)
-    scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, own)
-    return Frame(frame.loc, scale if frame.factor.ndim == 1 else jnp.diag(scale))
+def _data_of(metric: Callable[..., Any], data: PyTree) -> dict[str, PyTree]:
+    """What the keyword-only parameters of a metric name, out of `data`."""
+    keyword = [p for p in inspect.signature(metric).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    given = data if isinstance(data, dict) else {}
+    missing = [p.name for p in keyword if p.default is p.empty and p.name not in given]
+    if missing:
+        raise ValueError(f"data: expected a dictionary with {missing[0]!r}, which the metric asks for, got {data!r}")
+    return {p.name: given[p.name] for p in keyword if p.name in given}
 
 
-def _frame(params: PyTree) -> Frame:
-    if isinstance(params, MeanFieldParams):
-        return Frame(params.loc, jnp.exp(params.log_scale))
-    return Frame(params.loc, jnp.tril(params.scale_tril))
+def _whole(plan: _Plan, data: PyTree) -> Callable[[PyTree], Array]:
+    return plan.log_density if data is None else lambda x: plan.log_density(x, data)
 
 
-def _params(frame: Frame, like: PyTree) -> PyTree:
-    """The family's own coordinates: the lower-triangular factor with positive diagonal."""
-    if isinstance(like, MeanFieldParams):
-        return MeanFieldParams(frame.loc, jnp.log(frame.factor))
-    lower = jnp.linalg.qr(frame.factor.T, mode="r").T
-    return FullRankParams(frame.loc, lower * jnp.sign(jnp.diagonal(lower)))
+def _geometry(plan: _Plan, in_frame: bool, data: PyTree, key: Array) -> Geometry:
+    """The geometry of a step; its key chooses the minibatch."""
+    target, batch_error = _whole(plan, data), None
+    if isinstance(plan.log_density, Minibatch):
+        target, batch_error = plan.log_density.at(data, jax.random.fold_in(key, 1))
+    if in_frame:
+        return whitened.Whitened(target, plan.estimator, plan.draws, batch_error)
+    expected = None
+    if isinstance(plan.estimator, ClosedForm):
+        given = plan.estimator.expected
+        expected = given if data is None else partial(_with, given, data)
+    return OfFamily(target, plan.family, plan.estimator, plan.draws, batch_error, expected)
+
+
+def _with(f: Any, data: PyTree, params: PyTree) -> Array:
+    return f(params, data)
+
+
+def _judged(plan: _Plan, data: PyTree, params: PyTree, key: Array) -> tuple[Array, Array, Array]:
+    """ELBO, its standard error and k̂ from fresh draws; the ELBO without error where it is a sum."""
+    target = _whole(plan, data)
+    x = plan.family.sample(params, key, plan.final_draws)
+    log_weight = lambda x: target(x) - plan.family.log_prob(params, x)  # noqa: E731
+    log_weights = jax.lax.map(log_weight, x, batch_size=256)
+    khat = diagnostics.psis(log_weights).khat
+    if plan.estimator.exact:
+        elbo, error, _ = _geometry(plan, False, data, key).evaluate(params, key)
+        return elbo, error, khat
+    return jnp.mean(log_weights), independent(plan.final_draws).error(log_weights), khat
+
+
+def _status(geometry: Geometry, state: State, tol: Array, finite: Array) -> Array:
+    held = (state.bound & (state.radius >= geometry.first_radius)) | (state.refused >= descent.GIVE_UP_AFTER)
+    status = jnp.where(held, Status.TRUST_LIMITED, Status.STEP_LIMIT)
+    status = jnp.where(descent.converged(geometry, state, tol), Status.CONVERGED, status)
+    finite &= state.started & (state.in_a_row == 0)
+    return jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
+
+
+def _evaluations(plan: _Plan) -> int:
+    """Of log p̃ in a step."""
+    if isinstance(plan.estimator, Exact):
+        return int(_support_size(plan.family))
+    if isinstance(plan.estimator, ClosedForm):
+        return 0
+    return plan.draws.count(plan.family.noise) if hasattr(plan.family, "push") else plan.draws.n
+
+
+def _products(plan: _Plan, in_frame: bool) -> tuple[int, int]:
+    """Hessian-vector products for a draw, and at the start."""
+    if not in_frame:
+        return 0, 0
+    d = plan.family.d
+    searched = plan.find_scale and not isinstance(plan.estimator, Score)
+    return d if isinstance(plan.estimator, Price) else 0, d if searched else 0
