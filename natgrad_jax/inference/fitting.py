@@ -16,7 +16,7 @@ from natgrad_jax.families import GaussianFullRank, GaussianMeanField, GaussianPr
 from natgrad_jax.families.shared import dimension
 from natgrad_jax.inference import descent, diagnostics, estimators, lanes, progress, whitened
 from natgrad_jax.inference.descent import Geometry, State
-from natgrad_jax.inference.draws import Draws, Fixed, Independent, independent, orthogonal
+from natgrad_jax.inference.draws import Draws, Fixed, Independent, antithetic, independent, orthogonal
 from natgrad_jax.inference.estimators import ClosedForm, Estimator, Exact, Price, Score
 from natgrad_jax.inference.results import FitResult, Status
 from natgrad_jax.inference.retracted import OfFamily, OfObjective
@@ -411,15 +411,26 @@ def _with(f: Any, data: PyTree, params: PyTree) -> Array:
 
 def _judged(plan: _Plan, data: PyTree, params: PyTree, key: Array) -> tuple[Array, Array, Array]:
     """ELBO, its standard error and k̂ from fresh draws; the ELBO without error where it is a sum."""
-    target = _whole(plan, data)
-    x = plan.family.sample(params, key, plan.final_draws)
-    log_weight = lambda x: target(x) - plan.family.log_prob(params, x)  # noqa: E731
-    log_weights = jax.lax.map(log_weight, x, batch_size=256)
+    draws = antithetic(plan.final_draws) if hasattr(plan.family, "push") else independent(plan.final_draws)
+    log_weights = _log_weights(plan, _whole(plan, data), params, draws, key)
     khat = diagnostics.psis(log_weights).khat
     if plan.estimator.exact:
         elbo, error, _ = _geometry(plan, False, data, key).evaluate(params, key)
         return elbo, error, khat
-    return jnp.mean(log_weights), independent(plan.final_draws).error(log_weights), khat
+    return jnp.mean(log_weights), draws.error(log_weights), khat
+
+
+def _log_weights(plan: _Plan, target: Any, params: PyTree, draws: Draws, key: Array) -> Array:
+    """log p̃ − log q at draws from q; of a Gaussian in its frame the second is known from ε."""
+    family = plan.family
+    if isinstance(family, WHITENED):
+        frame, eps = whitened.to_frame(params), draws.points(key, family.d, params.loc.dtype)
+        return jax.lax.map(target, whitened.at(frame, eps), batch_size=256) - whitened.log_q(frame, eps)
+    if isinstance(draws, Independent):
+        x = family.sample(params, key, draws.n)
+    else:
+        x = family.push(params, draws.points(key, family.noise, _dtype(params)))
+    return jax.lax.map(lambda x: target(x) - family.log_prob(params, x), x, batch_size=256)
 
 
 def _status(geometry: Geometry, state: State, tol: Array, finite: Array) -> Array:

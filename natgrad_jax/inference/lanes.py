@@ -70,7 +70,8 @@ def _in_lanes(iteration: Iteration, n: int, batched: PyTree, args: PyTree) -> tu
     width = min(n, LANES) if jax.default_backend() == "cpu" else n
     pick = lambda i: jax.tree.map(lambda x, many: x[i] if many else x, args, batched)  # noqa: E731
     begin = lambda i: iteration.begin(pick(i))  # noqa: E731
-    starts = jax.lax.map(begin, jnp.arange(n), batch_size=width)
+    starts = jax.lax.map(lambda i: _pack(begin(i)), jnp.arange(n), batch_size=width)
+    unpack = _unpacker(jax.eval_shape(begin, 0))
     at = lambda tree, places: jax.tree.map(lambda x: x[jnp.minimum(places, n - 1)], tree)  # noqa: E731
 
     def one(place: Array, state: Any) -> tuple[Any, PyTree, Array]:
@@ -84,18 +85,44 @@ def _in_lanes(iteration: Iteration, n: int, batched: PyTree, args: PyTree) -> tu
         new, rows, going = jax.vmap(one)(place, state)
         write = lambda rows, x: rows.at[place, state.count].set(x, mode="drop")  # noqa: E731
         table = jax.tree.map(write, table, rows)
-        results = jax.tree.map(lambda all_, x: all_.at[place].set(x, mode="drop"), results, new)
+        packed = jax.vmap(_pack)(new)
+        results = jax.tree.map(lambda rows, x: rows.at[place].set(x, mode="drop"), results, packed)
         ended = ~going & (place < n)
         following = waiting + jnp.cumsum(ended) - 1
         place = jnp.where(ended, jnp.minimum(following, n), place)
-        state = jax.vmap(where)(ended, at(starts, place), new)
+        state = jax.vmap(where)(ended, jax.vmap(unpack)(at(starts, place)), new)
         return place, waiting + jnp.sum(ended), state, results, table
 
     place = jnp.arange(width)
-    first = jax.tree.map(lambda x: x[:width], starts)
-    table = _empty(iteration, jax.tree.map(lambda x: x[0], starts), (n,))
+    first = jax.vmap(unpack)(jax.tree.map(lambda x: x[:width], starts))
+    table = _empty(iteration, jax.tree.map(lambda x: x[0], first), (n,))
     going = lambda carry: jnp.any(carry[0] < n)  # noqa: E731
     carry = (place, jnp.asarray(width), first, starts, table)
     results, table = jax.lax.while_loop(going, advance, carry)[3:]
-    ends = lambda i: iteration.end(pick(i), at(results, i))  # noqa: E731
+    ends = lambda i: iteration.end(pick(i), unpack(at(results, i)))  # noqa: E731
     return jax.lax.map(ends, jnp.arange(n), batch_size=width), table
+
+
+def _pack(state: PyTree) -> dict[str, Array]:
+    """All leaves of a dtype in one vector: a gather or a scatter by lane costs a loop over the lanes for each array."""
+    kinds: dict[str, list[Array]] = {}
+    for leaf in jax.tree.leaves(state):
+        leaf = leaf.astype(jnp.int32) if leaf.dtype == bool else leaf
+        kinds.setdefault(str(leaf.dtype), []).append(jnp.ravel(leaf))
+    return {kind: jnp.concatenate(leaves) for kind, leaves in kinds.items()}
+
+
+def _unpacker(shapes: PyTree) -> Callable[[dict[str, Array]], PyTree]:
+    """The inverse of `_pack`, for a state of these shapes."""
+
+    def unpack(packed: dict[str, Array]) -> PyTree:
+        used = dict.fromkeys(packed, 0)
+        leaves = []
+        for shape in jax.tree.leaves(shapes):
+            kind = "int32" if shape.dtype == bool else str(shape.dtype)
+            flat = packed[kind][used[kind] : used[kind] + shape.size]
+            used[kind] += shape.size
+            leaves.append(flat.reshape(shape.shape).astype(shape.dtype))
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    return unpack

@@ -27,6 +27,8 @@ from natgrad_jax.inference.descent import Estimate, Move
 from natgrad_jax.inference.draws import Draws
 from natgrad_jax.inference.estimators import Estimator, Price, Reparameterised, Score
 
+HALVINGS = 40  # of the interval of step sizes; a step may be a millionth of the largest
+
 
 class Frame(NamedTuple):
     """q = N(loc, CCᵀ): z = loc + Cε; C = factor is (d, d), or (d,) for a diagonal."""
@@ -68,12 +70,12 @@ class Whitened:
         """ELBO (nats), its standard error, and the natural gradient, from the draws z = μ + Cε."""
         d, dtype = len(frame.loc), frame.loc.dtype
         eps, weights = self.draws.points(key, d, dtype), self.draws.weights(d, dtype)
-        z = frame.loc + _apply(frame.factor, eps)
+        z = at(frame, eps)
         if isinstance(self.estimator, Score):
-            gaps = jax.vmap(self.target)(z) - _log_q(frame, eps)
+            gaps = jax.vmap(self.target)(z) - log_q(frame, eps)
             return Estimate(weights @ gaps, self._error(gaps, z), _score(frame, gaps, eps, weights))
         values, slopes = jax.vmap(jax.value_and_grad(self.target))(z)
-        gaps = values - _log_q(frame, eps)
+        gaps = values - log_q(frame, eps)
         pulled = _pull(frame.factor, slopes)
         if isinstance(self.estimator, Reparameterised):
             m = _moment(frame.factor, pulled, eps, weights) + _identity(frame.factor)
@@ -178,7 +180,13 @@ def curvature_start(target: Callable[[Array], Array], frame: Frame) -> Frame:
     return Frame(frame.loc, scale if frame.factor.ndim == 1 else jnp.diag(scale))
 
 
-def _log_q(frame: Frame, eps: Array) -> Array:
+def at(frame: Frame, eps: Array) -> Array:
+    """z = μ + Cε for every ε."""
+    return frame.loc + _apply(frame.factor, eps)
+
+
+def log_q(frame: Frame, eps: Array) -> Array:
+    """log q(z) at every z = μ + Cε."""
     half_log_det = _log_det(frame.factor) + 0.5 * len(frame.loc) * LOG_2PI
     return -0.5 * jnp.sum(jnp.square(eps), axis=-1) - half_log_det
 
@@ -209,7 +217,7 @@ def _largest_step(values: Array, u: Array, rate: Array, radius: Array) -> Array:
         inside = _kl(middle, values, u) <= radius
         return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(rate), rate))
+    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(rate), rate))
     return jnp.where(_kl(rate, values, u) <= radius, rate, low)
 
 
