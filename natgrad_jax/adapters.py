@@ -2,9 +2,13 @@
 
 An adapter is an optax transformation that is passed where the package expects its optimizer. It knows how the package
 writes a Gaussian down (`families.chart`), takes F⁻¹g there, bounds the step in nats, and moves by the retraction of the
-family. No package is needed to import this module.
+family. `distribution` goes the other way: a distribution of theirs as a family of ours. No package is needed to
+import this module.
 """
 
+import inspect
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +20,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from natgrad_jax._tree import PyTree, Space, ravel
+from natgrad_jax._tree import PyTree, Space, all_finite, concrete, norm, ravel
 from natgrad_jax.families import (
     FullRankParams,
     LowRankParams,
@@ -26,6 +30,8 @@ from natgrad_jax.families import (
     gaussian_low_rank,
     gaussian_mean_field,
 )
+from natgrad_jax.families.shared import closed, dimension
+from natgrad_jax.operators import Closed
 from natgrad_jax.transforms import natural_gradient, retract
 from natgrad_jax.transforms.core import Transformation
 
@@ -411,3 +417,248 @@ def numpyro_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Model
         return info.postprocess_fn(*given, **named)(space.unravel(x))
 
     return Model(log_density, space.size, tuple(jnp.asarray(leaves[i]) for i in places), constrain)
+
+
+# Distributions of numpyro and distrax as families.
+
+LARGEST_SUM = 4096  # points of a finite support that are summed over, as in `fit`
+FEWEST_DRAWS, DRAWS_PER_PARAMETER = 1024, 10  # ½F ≤ F̂ ≤ 2F, roughly, in every direction
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """See `distribution`."""
+
+    make: Callable[[PyTree], Any]
+    start: bytes  # the flat vector of the first parameters: arrays have no hash
+    space: Space  # of the parameters
+    draw: Space  # of one x
+    batch_shape: tuple[int, ...]
+    values: tuple[float, ...] | None  # of each entry of x, where they are finitely many
+    has_entropy: bool
+    reparameterised: bool
+    num_samples: int
+    seed: int
+
+    def init(self, loc: Any = None, scale: Any = None) -> PyTree:
+        """The parameters that `distribution` was given; loc and scale mean nothing here."""
+        for name, given in (("loc", loc), ("scale", scale)):
+            if given is not None:
+                raise ValueError(
+                    f"{name}: unknown to adapters.distribution; pass the parameters themselves, fit(init=…)"
+                )
+        flat = self.space.unravel(jnp.asarray(np.frombuffer(self.start, self.space.dtype)))
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), flat, self.space.structs())
+
+    def sample(self, params: PyTree, key: Array, n: int) -> PyTree:
+        """n draws on the leading axis, in the precision of the parameters."""
+        dtype = _precision(params)
+        draws = _drawn(self.make(params), key, n)
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, draws)
+
+    def log_prob(self, params: PyTree, x: PyTree) -> Array:
+        """log q(x), the sum over the batch of the distribution."""
+        got = Space.of(x)
+        if (got.treedef, got.shapes) != (self.draw.treedef, self.draw.shapes):
+            raise ValueError(f"x: expected one point of shape {self.draw}, got shape {got}; use vmap for several")
+        return jnp.sum(self.make(params).log_prob(x)).astype(_precision(params))
+
+    def fisher(self, params: PyTree) -> Closed:
+        """Σ q s sᵀ over the support, or the mean of s sᵀ over draws of one key; s = ∂log q/∂θ.
+
+        Its inverse leaves alone what no s sees: it is that of the range, in units of √F_ii. NaN where an s is not
+        finite, not a guess.
+        """
+        return closed(self, params)
+
+    def _rows(self, params: PyTree) -> Array:
+        """A with F = AᵀA, shape (rows, p)."""
+        x, space = self._points(params), Space.of(params)
+        log_q, scores = jax.vmap(lambda x: (self._terms(params, x), jax.jacrev(self._terms)(params, x)))(x)
+        weights = jnp.exp(log_q) if self.values else jnp.full_like(log_q, 1 / self.num_samples)
+        rows = jnp.sqrt(weights)[..., None] * jax.vmap(jax.vmap(space.ravel))(scores)
+        return rows.reshape(-1, space.size)
+
+    def _points(self, params: PyTree) -> PyTree:
+        if self.values is None:
+            return self.sample(params, jax.random.key(self.seed), self.num_samples)
+        return jnp.asarray(self.values, self.draw.dtypes[0])
+
+    def _terms(self, params: PyTree, x: PyTree) -> Array:
+        """Logarithms of independent factors of q; of a finite one, of each entry at the value x."""
+        if self.values is None:
+            return self.log_prob(params, x)[None]
+        log_q = self.make(params).log_prob(jnp.broadcast_to(x, self.batch_shape))
+        return jnp.ravel(log_q).astype(_precision(params))
+
+    def _mv(self, params: PyTree, v: PyTree) -> PyTree:
+        rows, space = self._rows(params), Space.of(params)
+        return space.unravel((rows @ space.ravel(v)) @ rows)
+
+    def _solve(self, params: PyTree, g: PyTree) -> PyTree:
+        rows, space = self._rows(params), Space.of(params)
+        # F⁺ cuts off what is small beside the largest: without units, or a parameter in small ones would stand still.
+        units = jax.lax.stop_gradient(jax.vmap(norm, 1)(rows))
+        inverse = jnp.where(units > 0, 1 / jnp.where(units > 0, units, 1), 0)
+        matrix = (rows * inverse).T @ (rows * inverse)
+        return space.unravel(inverse * (jnp.linalg.pinv(matrix, hermitian=True) @ (inverse * space.ravel(g))))
+
+    def retract(self, params: PyTree, step: PyTree) -> PyTree:
+        """params + step: the parameters are free."""
+        return jax.tree.map(jnp.add, params, step)
+
+    @property
+    def k(self) -> int:
+        """Number of configurations of a finite support; 0 of any other."""
+        return len(self.values) ** math.prod(self.batch_shape) if self.values else 0
+
+    # What a family lacks it must not have, since `fit` asks with hasattr: a property may raise, a method is there.
+
+    @property
+    def entropy(self) -> Callable[[PyTree], Array]:
+        """entropy(params), in nats, where the distribution has one."""
+        if not self.has_entropy:
+            raise AttributeError("entropy: the distribution has none")
+        return lambda params: jnp.sum(self.make(params).entropy()).astype(_precision(params))
+
+    @property
+    def support(self) -> Callable[[], Array]:
+        """support(), every x on the leading axis, where there are at most 4096."""
+        if not 0 < self.k <= LARGEST_SUM:
+            raise AttributeError("support: not known to be finite and small")
+        return self._configurations
+
+    def _configurations(self) -> Array:
+        assert self.values is not None
+        every = list(itertools.product(self.values, repeat=math.prod(self.batch_shape)))
+        return jnp.asarray(np.reshape(every, (-1, *self.batch_shape)), self.draw.dtypes[0])
+
+
+def _precision(params: PyTree) -> Any:
+    return jnp.result_type(*jax.tree.leaves(params))
+
+
+def _drawn(distribution: Any, key: Array, n: int) -> PyTree:
+    """n draws, by either of the two conventions."""
+    if "seed" in inspect.signature(distribution.sample).parameters:
+        return distribution.sample(seed=key, sample_shape=(n,))
+    return distribution.sample(key, (n,))
+
+
+def _values(distribution: Any) -> tuple[float, ...] | None:
+    """The values of every entry of x, if each has the same, and few."""
+    if not getattr(distribution, "has_enumerate_support", False) or distribution.event_shape:
+        return None
+    try:
+        values = np.asarray(distribution.enumerate_support(expand=False))
+    except NotImplementedError:  # numpyro: values that differ along the batch
+        return None
+    few = values.size == len(values) and len(values) * math.prod(distribution.batch_shape) <= LARGEST_SUM
+    return tuple(values.ravel().tolist()) if few else None
+
+
+def _has_entropy(distribution: Any) -> bool:
+    try:
+        distribution.entropy()
+    except (AttributeError, NotImplementedError):
+        return False
+    return True
+
+
+def distribution(
+    make: Callable[[PyTree], Any],
+    init: PyTree,
+    *,
+    reparameterised: bool | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+) -> Distribution:
+    """A family from a numpyro or distrax distribution, for `fit` and `natural_gradient`.
+
+    The Fisher information is the exact sum Σ q s sᵀ where numpyro enumerates the support of each entry (up to 4096
+    points over the batch), else the mean of s sᵀ over draws of one key: the same operator at the same parameters. Its
+    inverse is a pseudo-inverse, so parameters may be redundant. A step is added to the parameters.
+
+    Args:
+        make: make(params) -> a distribution: `log_prob(x)`, and `sample(key, shape)` as in numpyro or
+            `sample(seed=…, sample_shape=…)` as in distrax. Batch axes are independent entries of one x, and log q is
+            the sum over them. A function that lives on: families are compared by it, and compiled once for each.
+        init: pytree of numbers, the parameters to start from. They must be free, any real number legal: make takes the
+            exponential of what has to be positive.
+        reparameterised: whether draws are differentiable functions of the parameters. None: what numpyro says
+            (`has_rsample`); False for a distribution that does not say, where `fit` then takes the noisy `score`.
+            True for one whose draws are not gives wrong gradients.
+        num_samples: draws for the Fisher information, where it is no sum; more than parameters, or what they leave
+            out stands still. None: 1024, or ten a parameter if that is more. Relative error about √(10/num_samples).
+        seed: of those draws.
+
+    Returns:
+        A family. `entropy` and `support` are there where the distribution has them. Parameters p, draws n: a solve
+        costs n gradients of log q, O(np²) and O(p³).
+
+    Raises:
+        TypeError: make is no function, or returns no distribution; init has no floating-point numbers, or is traced.
+        ValueError: init empty or not finite; num_samples not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> from natgrad_jax import adapters
+        >>> dist = __import__("pytest").importorskip("numpyro.distributions")
+        >>> make = lambda params: dist.Gamma(jnp.exp(params["log_shape"]), jnp.exp(params["log_rate"]))
+        >>> family = adapters.distribution(make, {"log_shape": 0.0, "log_rate": 0.0})
+        >>> result = ng.fit(lambda x: 4 * jnp.log(x) - 2 * x, family, jax.random.key(0))  # Gamma(5, 2)
+        >>> [round(float(jnp.exp(x)), 1) for x in (result.params["log_shape"], result.params["log_rate"])]
+        [5.0, 2.0]
+    """
+    params = _checked_start(init)
+    made = _made(make, params)
+    space = Space.of(params)
+    x = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], _drawn(make(params), jax.random.key(0), 1)))
+    differentiable = getattr(made, "has_rsample", False) if reparameterised is None else reparameterised
+    least = max(FEWEST_DRAWS, DRAWS_PER_PARAMETER * space.size)
+    return Distribution(
+        make,
+        np.asarray(space.ravel(params)).tobytes(),
+        space,
+        Space.of(x),
+        tuple(getattr(made, "batch_shape", ())),
+        _values(made),
+        _has_entropy(made),
+        bool(differentiable),
+        least if num_samples is None else dimension(num_samples, "distribution", "num_samples"),
+        int(seed),
+    )
+
+
+def _checked_start(init: PyTree) -> PyTree:
+    """init as arrays; an error unless they are known, real and finite."""
+    params = jax.tree.map(jnp.asarray, init)
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("init: expected at least one parameter, got an empty pytree")
+    if not concrete(*leaves):
+        raise TypeError("init: expected numbers, got values traced by JAX; build the family outside jit, vmap and grad")
+    for x in leaves:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"init: expected floating-point numbers, got {x.dtype}; convert with jnp.asarray(x, float)")
+    if not bool(all_finite(params)):
+        raise ValueError("init: expected finite parameters, got NaN or infinity")
+    return params
+
+
+def _made(make: Any, params: PyTree) -> Any:
+    """make(params); a `TypeError` unless it is a distribution."""
+    instance = hasattr(make, "log_prob") and not isinstance(make, type)  # those of numpyro are callable
+    if instance or not callable(make):
+        raise TypeError(
+            f"make: expected a function from parameters to a distribution, got {type(make).__name__}; "
+            'pass such as lambda params: Normal(params["loc"], jnp.exp(params["log_scale"]))'
+        )
+    made = make(params)
+    if not (callable(getattr(made, "log_prob", None)) and callable(getattr(made, "sample", None))):
+        raise TypeError(
+            f"make: expected it to return a distribution with sample and log_prob, got {type(made).__name__}; "
+            "return one of numpyro.distributions or distrax"
+        )
+    return made

@@ -1,4 +1,4 @@
-"""Natural gradients inside blackjax and numpyro: their own densities, their own loops."""
+"""Natural gradients inside blackjax and numpyro: their own densities, their own loops; their distributions in ours."""
 
 import cases
 import jax
@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special as sc
+import scipy.stats
 from cases import error, flat
 
 import natgrad_jax as ng
@@ -195,6 +197,233 @@ def test_a_numpyro_model_is_a_log_density(float64):
     assert bool(result.converged)
 
 
+# Distributions as families.
+
+
+def dist():
+    return pytest.importorskip("numpyro.distributions")
+
+
+def gamma(params):
+    return dist().Gamma(jnp.exp(params["log_a"]), jnp.exp(params["log_b"]))
+
+
+def normal(params):
+    return dist().Normal(params["loc"], jnp.exp(params["log_scale"]))
+
+
+def full_rank(params):
+    lower = jnp.zeros((2, 2), params["loc"].dtype).at[(0, 1, 1), (0, 0, 1)].set(params["lower"])
+    return dist().MultivariateNormal(params["loc"], scale_tril=lower + jnp.diag(jnp.exp(params["log_diagonal"])))
+
+
+def classes(logits):
+    return dist().Categorical(logits=logits)
+
+
+def starts(kind, dtype):
+    zeros = lambda *shape: jnp.zeros(shape, dtype)
+    return {
+        gamma: {"log_a": zeros(), "log_b": zeros()},
+        normal: {"loc": zeros(2), "log_scale": zeros(2)},
+        full_rank: {"loc": zeros(2), "lower": zeros(3), "log_diagonal": zeros(2)},
+        classes: zeros(2, 3),
+    }[kind]
+
+
+def family(kind, dtype=np.float32, **options):
+    return adapters.distribution(kind, starts(kind, dtype), **options)
+
+
+CENTRE, FACTOR = np.array([3.0, -20.0]), np.array([[2.0, 0.0], [-3.0, 0.5]])
+LOG_P = np.log([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+# Unnormalised log-densities that the family has, and a summary of the answer.
+KNOWN = {
+    "gamma": (gamma, lambda x: 4 * jnp.log(x) - 200 * x, lambda q: np.exp([q["log_a"], q["log_b"]]), [5.0, 200.0]),
+    "normal": (
+        normal,
+        lambda x: -0.5 * jnp.sum(jnp.square((x - CENTRE) / np.array([0.1, 40.0]))),
+        lambda q: np.r_[q["loc"] / np.array([0.1, 40.0]), np.exp(q["log_scale"])],
+        [30.0, -0.5, 0.1, 40.0],
+    ),
+    "full rank": (
+        full_rank,
+        lambda x: -0.5 * jnp.sum(jnp.square(jnp.asarray(np.linalg.inv(FACTOR), x.dtype) @ (x - CENTRE))),
+        lambda q: np.ravel(full_rank(q).covariance_matrix),
+        np.ravel(FACTOR @ FACTOR.T),
+    ),
+    "classes": (
+        classes,
+        lambda k: jnp.sum(jnp.asarray(LOG_P)[jnp.arange(2), k]),
+        lambda q: sc.softmax(q, axis=1),
+        np.exp(LOG_P),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_distribution_finds_a_posterior_of_its_kind(name):
+    """Redundant parameters in two of the four: a diagonal that is counted twice, logits that a shift leaves alone."""
+    kind, log_density, summary, expected = KNOWN[name]
+    own = family(kind)
+    result = ng.fit(log_density, own, jax.random.key(0), tol=1e-3)
+    assert result.family == own and bool(result.converged) and own.reparameterised == (kind is not classes)
+    got = summary(jax.tree.map(np.asarray, result.params))
+    np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.05 * np.abs(np.asarray(expected)).min())
+
+
+def both(own, params, g):
+    """F and F⁺g, in one compilation."""
+
+    def of(params, g):
+        operator = own.fisher(params)
+        return operator.dense(), operator.solve(g)
+
+    matrix, step = jax.jit(of)(params, g)
+    return np.asarray(matrix), step
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_fisher_information_of_draws_is_that_of_a_gamma(seed, float64):
+    """F = [[a²ψ′(a), −a], [−a, a]] in log a and log b, to five standard errors of the products of scores."""
+    a, b, n = 3.0, 0.01, 4000
+    params = {"log_a": jnp.log(a), "log_b": jnp.log(b)}
+    own = family(gamma, float64, num_samples=n, seed=seed)
+    expected = np.array([[a**2 * sc.polygamma(1, a), -a], [-a, a]])
+    x = scipy.stats.gamma(a, scale=1 / b).rvs(100_000, random_state=seed)
+    scores = np.stack([a * (np.log(b * x) - sc.digamma(a)), a - b * x])
+    errors = np.std(scores[:, None] * scores[None], axis=-1) / n**0.5
+    g = {"log_a": jnp.asarray(0.3), "log_b": jnp.asarray(-2.0)}
+    got, step = both(own, params, g)
+    assert (np.abs(got - expected) < 5 * errors).all()
+    assert error(step, np.linalg.solve(got, flat(g))) < 1e-9
+    other = both(family(gamma, float64, num_samples=n, seed=seed + 2), params, g)[0]
+    assert (got != other).any() and (got == both(own, params, g)[0]).all()
+
+
+def test_the_fisher_information_of_a_finite_distribution_is_exact(dtype):
+    """Blocks diag(p) − ppᵀ; a step along no logits' common shift; the density and the support of both entries."""
+    own, params, p = family(classes, dtype), jnp.asarray(LOG_P, dtype) + 1, np.exp(LOG_P)
+    expected = np.zeros((6, 6))
+    for i in range(2):
+        expected[3 * i : 3 * i + 3, 3 * i : 3 * i + 3] = np.diag(p[i]) - np.outer(p[i], p[i])
+    g = jnp.asarray([[1.0, -2.0, 1.0], [0.5, 0.25, -0.75]], dtype)
+    got, step = both(own, params, g)
+    assert error(got, expected) < 20 * cases.eps(dtype)
+    # Of all solutions the shortest in units of √F_ii.
+    units = np.sqrt(np.diag(expected))
+    unitless = np.linalg.pinv(expected / np.outer(units, units), hermitian=True, rcond=1e-9)
+    assert error(step, unitless @ (flat(g) / units) / units) < 500 * cases.eps(dtype)
+    assert error(got @ flat(step), g) < 500 * cases.eps(dtype) and step.dtype == dtype
+    assert own.k == 9 and own.support().shape == (9, 2) and len(np.unique(np.asarray(own.support()), axis=0)) == 9
+    log_q = jax.vmap(lambda x: own.log_prob(params, x))(own.support())
+    assert abs(float(np.exp(np.asarray(log_q)).sum()) - 1) < 20 * cases.eps(dtype)
+    np.testing.assert_allclose(own.entropy(params), -(p * LOG_P).sum(), rtol=50 * cases.eps(dtype))
+
+
+def test_a_class_without_probability_does_not_move():
+    """float32, in which exp(−10⁴) is 0."""
+    params = jnp.asarray([[0.0, 0.0, -1e4], [0.0, 0.0, 0.0]])
+    matrix, step = both(family(classes), params, jnp.asarray([[0.25, -0.25, 1.0], [0.0, 0.0, 0.0]]))
+    expected = np.array([[0.25, -0.25, 0], [-0.25, 0.25, 0], [0, 0, 0]])
+    np.testing.assert_allclose(matrix[:3, :3], expected, atol=1e-6)
+    np.testing.assert_allclose(step, [[0.5, -0.5, 0], [0, 0, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_no_parameter_stands_still_in_other_units(size):
+    """float32: F = diag(1/σ², 2), of which an unscaled pseudo-inverse would keep one entry."""
+    own = family(normal, num_samples=100_000)
+    params = {"loc": jnp.zeros(2), "log_scale": jnp.full(2, np.log(size), np.float32)}
+    g = {"loc": jnp.full(2, 1 / size, np.float32), "log_scale": jnp.ones(2)}
+    step = jax.jit(lambda params, g: own.fisher(params).solve(g))(params, g)
+    np.testing.assert_allclose(step["loc"], size, rtol=0.05)
+    np.testing.assert_allclose(step["log_scale"], 0.5, rtol=0.05)
+
+
+def test_fewer_draws_than_parameters_leave_the_rest_alone(float64):
+    own = family(full_rank, float64, num_samples=3)
+    params = own.init()
+    g = jax.tree.map(jnp.ones_like, params)
+    matrix, step = both(own, params, g)
+    units = np.sqrt(np.diag(matrix))
+    expected = np.linalg.pinv(matrix / np.outer(units, units), hermitian=True, rcond=1e-9) @ (flat(g) / units) / units
+    assert np.linalg.matrix_rank(matrix) == 3 and np.linalg.norm(expected) < 100
+    assert error(step, expected) < 1e-9
+
+
+def test_a_distribution_keeps_the_precision_and_the_protocol(dtype):
+    own, params = family(gamma, dtype), {"log_a": jnp.asarray(0.7, dtype), "log_b": jnp.asarray(-0.2, dtype)}
+    x = own.sample(params, jax.random.key(1), 20_000)
+    a, b = np.exp(0.7), np.exp(-0.2)
+    reference = scipy.stats.gamma(a, scale=1 / b)
+    assert x.shape == (20_000,) and abs(np.asarray(x, float).mean() - a / b) < 5 * reference.std() / 20_000**0.5
+    log_q, g = jax.jit(jax.value_and_grad(own.log_prob))(params, x[0])
+    np.testing.assert_allclose(log_q, reference.logpdf(float(x[0])), rtol=200 * cases.eps(dtype))
+    np.testing.assert_allclose(own.entropy(params), reference.entropy(), rtol=200 * cases.eps(dtype))
+    everything = own.init(), x, log_q, own.entropy(params), own.fisher(params).solve(g), own.retract(params, g)
+    assert {leaf.dtype for leaf in jax.tree.leaves(everything)} == {dtype}
+    assert error(own.retract(params, g), flat(params) + flat(g)) < 2 * cases.eps(dtype)
+    assert not hasattr(own, "support") and own.k == 0
+
+
+def test_a_distribution_is_a_metric(float64):
+    """A small step of natural_gradient is −F⁻¹g, under jit and vmap."""
+    own = family(gamma, float64)
+    many = {"log_a": jnp.asarray([0.0, 2.0]), "log_b": jnp.asarray([0.0, -5.0])}
+    tx, g = ng.natural_gradient(1.0, own.fisher), {"log_a": 1e-7, "log_b": -2e-7}
+    update = jax.jit(jax.vmap(lambda params: tx.update(jax.tree.map(jnp.asarray, g), tx.init(params), params)[0]))
+    updates = update(many)
+    for i in range(2):
+        matrix = np.asarray(own.fisher(jax.tree.map(lambda x: x[i], many)).dense())  # noqa: B023
+        assert error(jax.tree.map(lambda x: x[i], updates), -np.linalg.solve(matrix, flat(g))) < 1e-6  # noqa: B023
+
+
+def test_equal_distributions_are_compiled_once():
+    """Equal in function and numbers, and in nothing else."""
+    assert family(gamma) == family(gamma) and hash(family(gamma)) == hash(family(gamma))
+    other = {"log_a": jnp.ones(()), "log_b": jnp.zeros(())}
+    assert family(gamma) != adapters.distribution(gamma, other)
+    assert family(gamma) != family(gamma, seed=1) and family(gamma) != family(gamma, num_samples=10)
+    assert float(adapters.distribution(gamma, other).init()["log_a"]) == 1.0
+
+
+class Laplace:
+    """By the convention of distrax: `seed` by its name, no word on what may be differentiated, no entropy."""
+
+    def __init__(self, loc):
+        self.loc = loc
+
+    def sample(self, *, seed, sample_shape=()):
+        return self.loc + jax.random.laplace(seed, (*sample_shape, *jnp.shape(self.loc)))
+
+    def log_prob(self, x):
+        return -jnp.abs(x - self.loc) - np.log(2)
+
+
+@pytest.mark.parametrize("reparameterised", [None, True])
+def test_a_distribution_by_the_other_convention(reparameterised):
+    """Draws are not differentiated unless it is said that they may be; F = 1, as (±1)² is."""
+    own = adapters.distribution(Laplace, jnp.zeros(2), reparameterised=reparameterised)
+    assert own.reparameterised == bool(reparameterised) and not hasattr(own, "entropy")
+    assert own.sample(own.init(), jax.random.key(0), 5).shape == (5, 2)
+    np.testing.assert_allclose(own.fisher(own.init()).diagonal(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(own.log_prob(own.init(), jnp.array([1.0, -2.0])), -3 - 2 * np.log(2), rtol=1e-6)
+
+
+def test_distrax_is_a_family():
+    """A Gamma and classes against the closed forms of their Fisher information; a fit."""
+    distrax = pytest.importorskip("distrax")
+    logits = adapters.distribution(lambda logits: distrax.Categorical(logits=logits), jnp.zeros(2), num_samples=50_000)
+    got = np.asarray(logits.fisher(jnp.log(jnp.array([0.2, 0.8]))).dense())
+    np.testing.assert_allclose(got, 0.16 * np.array([[1, -1], [-1, 1]]), rtol=0.05)
+    assert not logits.reparameterised
+    make = lambda q: distrax.Normal(q["loc"], jnp.exp(q["log_scale"]))
+    own = adapters.distribution(make, {"loc": 0.0, "log_scale": 0.0}, reparameterised=True)
+    result = ng.fit(lambda x: -0.5 * ((x - 7) / 3) ** 2, own, jax.random.key(0))
+    np.testing.assert_allclose([result.params["loc"], np.exp(result.params["log_scale"])], [7, 3], rtol=0.05)
+
+
 def _guide():
     return pytest.importorskip("numpyro.infer.autoguide").AutoNormal(conjugate)
 
@@ -221,6 +450,39 @@ MISTAKES = {
         lambda: adapters.numpyro(_guide()).init({"x": jnp.zeros(2)}), ValueError, "params: the guide's locs.*among x"
     ),
     "another guide": (_guide_of_another_kind, TypeError, "guide: expected AutoNormal.*AutoDelta"),
+    "no function": (lambda: adapters.distribution(3, jnp.zeros(2)), TypeError, "make: expected a function.*got int"),
+    "a distribution for a function": (
+        lambda: adapters.distribution(Laplace(0.0), jnp.zeros(2)), TypeError, "make: expected a function.*got Laplace"
+    ),
+    "a function of something else": (
+        lambda: adapters.distribution(jnp.sin, jnp.zeros(2)), TypeError, "make: expected it to return a distribution"
+    ),
+    "no parameters": (lambda: adapters.distribution(Laplace, {}), ValueError, "init: expected at least one parameter"),
+    "whole numbers": (
+        lambda: adapters.distribution(Laplace, jnp.arange(2)), TypeError, "init: expected floating.*int.*asarray"
+    ),
+    "not finite": (lambda: adapters.distribution(Laplace, jnp.array([np.nan])), ValueError, "init: expected finite"),
+    "traced": (
+        lambda: jax.jit(lambda x: adapters.distribution(Laplace, x).init())(jnp.zeros(2)), TypeError,
+        "init: expected numbers, got values traced.*outside jit",
+    ),
+    "no draws": (
+        lambda: adapters.distribution(Laplace, jnp.zeros(2), num_samples=0), ValueError, "whole number num_samples"
+    ),
+    "a loc": (
+        lambda: adapters.distribution(Laplace, jnp.zeros(2)).init(1.0), ValueError, "loc: unknown.*fit"
+    ),
+    "a scale": (
+        lambda: adapters.distribution(Laplace, jnp.zeros(2)).init(scale=1.0), ValueError, "scale: unknown.*fit"
+    ),
+    "a batch for a point": (
+        lambda: adapters.distribution(Laplace, jnp.zeros(2)).log_prob(jnp.zeros(2), jnp.zeros((5, 2))), ValueError,
+        r"x: expected one point of shape \(2,\), got shape \(5, 2\)",
+    ),
+    "an exact sum over the reals": (
+        lambda: ng.fit(lambda x: -jnp.sum(x**2), adapters.distribution(Laplace, jnp.zeros(2)), jax.random.key(0),
+                       estimator=ng.inference.exact()), TypeError, "finite support"
+    ),
 }  # fmt: skip
 
 test_mistakes_are_named = cases.named_mistakes(MISTAKES)

@@ -22,7 +22,7 @@ ALLOWED = {
     "families": {"_tree", "operators"},
     "transforms": {"_tree", "operators", "damping", "metrics", "solvers", "families"},
     "inference": {"_tree", "operators", "damping", "metrics", "solvers", "families", "transforms"},
-    "adapters": {"_tree", "families", "transforms"},
+    "adapters": {"_tree", "operators", "families", "transforms"},
     "problems": {"_tree", "families"},
 }
 SHOWROOMS = {"__init__", "__main__", "demo"}
