@@ -74,6 +74,27 @@ def test_standard_errors_are_those_of_pairs(float64):
     assert float(inference.gauss_hermite(3).error(x)) == float(inference.fixed(inference.independent(3)).error(x)) == 0
 
 
+@pytest.mark.parametrize("d", [2, 10, 100])
+def test_rotations_are_orthogonal(d, dtype):
+    """Also where a normal matrix is nearly singular in single precision, d = 100: one in twenty by a lot."""
+    x = np.asarray(inference.orthogonal(2 * d * 20).points(jax.random.key(0), d, dtype), float)
+    for block in x[: 20 * d].reshape(20, d, d):
+        unit = block / np.linalg.norm(block, axis=1, keepdims=True)
+        assert np.abs(unit @ unit.T - np.eye(d)).max() < (0.05 if dtype == np.float32 else 1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_the_error_of_orthogonal_draws_counts_their_radii(n, float64):
+    """ELBO of N(0, 2²I) for N(0, I), whose gap is a function of |ε|: reported and actual spread agree."""
+    d, target = 10, lambda x: -0.5 * x @ x
+    geometry = whitened.Whitened(target, inference.stl(), inference.orthogonal(n))
+    frame = whitened.Frame(jnp.zeros(d), 2 * jnp.eye(d), d * jnp.log(2.0))
+    values, errors, _ = jax.jit(jax.vmap(lambda key: geometry.evaluate(frame, key)))(
+        jax.random.split(jax.random.key(0), 2000)
+    )
+    np.testing.assert_allclose(np.mean(errors), np.std(values), rtol=0.1)
+
+
 # Estimators.
 
 ESTIMATORS = {
@@ -128,7 +149,8 @@ def test_the_gradient_in_the_frame_is_unbiased(name, kind, float64):
     loc, factor = np.array([0.3, -0.5]), np.array([[0.8, 0.0], [0.3, 0.6]])
     factor = factor if name == "full rank" else np.diag(factor)
     target = lambda x: -jnp.sum(x**4) / 4 + x[0] * x[1] / 2
-    frame = whitened.Frame(jnp.asarray(loc), jnp.asarray(factor))
+    log_det = jnp.sum(jnp.log(jnp.diagonal(factor) if factor.ndim == 2 else factor))
+    frame = whitened.Frame(jnp.asarray(loc), jnp.asarray(factor), log_det)
     geometry = whitened.Whitened(target, getattr(inference, kind)(), inference.independent(16))
     evaluate = jax.jit(jax.vmap(lambda key: geometry.evaluate(frame, key)))
     values, _, gradient = evaluate(jax.random.split(jax.random.key(0), 4000))
@@ -364,6 +386,38 @@ def test_a_key_used_twice_is_seen_by_jax():
         ng.fit(gaussian, FAMILIES.gaussian_full_rank(2), key)
 
 
+def test_what_has_not_changed_is_no_error(float64):
+    """A counter, an attribute named as a global, the same array or helper made again."""
+    scope = {"jnp": jnp, "np": np, "mean": 1.0, "calls": 0, "data": (np.ones(1), [2.0])}
+    source = """
+def helper(x):
+    return x - data[0]
+
+def log_density(x):
+    global calls
+    calls += 1
+    return -0.5 * jnp.sum(helper(x) ** 2) + 0 * x.mean()
+"""
+    exec(source, scope)
+    log_density, family = scope["log_density"], FAMILIES.gaussian_full_rank(1)
+    ng.fit(log_density, family, jax.random.key(0))
+    exec(source.split("def log_density")[0], scope)
+    scope |= {"mean": 2.0, "data": (np.ones(1), [2.0])}
+    ng.fit(log_density, family, jax.random.key(0))
+    scope["data"] = (np.zeros(1), [2.0])
+    with pytest.raises(ValueError, match=r"log_density.*'data'"):
+        ng.fit(log_density, family, jax.random.key(0))
+
+
+def test_single_precision_parameters_and_double_data(float64):
+    family = FAMILIES.gaussian_full_rank(2)
+    start = cases.cast(family.init(), jnp.float32)
+    log_density = lambda x, data: -0.5 * jnp.sum((x - data) ** 2)
+    result = ng.fit(log_density, family, jax.random.key(0), data=jnp.array([1.0, 2.0]), init=start)
+    assert bool(result.converged) and result.params.loc.dtype == jnp.float32
+    np.testing.assert_allclose(result.params.loc, [1, 2], atol=0.2)
+
+
 # Status.
 
 
@@ -410,6 +464,23 @@ def test_minimise_takes_data_and_a_retraction(float64):
     np.testing.assert_allclose(result.params, 1 / np.mean(y), rtol=1e-7)
     with pytest.raises(ValueError, match=r"data.*'y'"):
         inference.minimise(lambda rate: rate, metric, jnp.asarray(1.0))
+
+
+def test_minimise_under_vmap_and_of_complex_parameters(float64):
+    metric = ng.metrics.scales(jnp.ones(2))
+    fit = lambda m: inference.minimise(lambda x: 0.5 * jnp.sum((x - m) ** 2), metric, jnp.zeros(2))
+    np.testing.assert_allclose(jax.vmap(fit)(jnp.arange(3.0)).params, [[0, 0], [1, 1], [2, 2]], atol=1e-6)
+    objective = lambda z: 0.5 * jnp.sum(jnp.abs(z - (1 + 2j)) ** 2)
+    result = inference.minimise(objective, metric, jnp.zeros(2, complex))
+    assert bool(result.converged)
+    np.testing.assert_allclose(result.params, 1 + 2j, atol=1e-6)
+
+
+def test_minimise_shortens_steps_that_overshoot(float64):
+    """Curvatures 1 and 100 under the identity: a step of 1 diverges."""
+    objective = lambda x: 0.5 * (x[0] ** 2 + 100 * x[1] ** 2)
+    result = inference.minimise(objective, ng.metrics.scales(jnp.ones(2)), jnp.ones(2), max_steps=2000)
+    assert bool(result.converged) and float(objective(result.params)) < 1e-5
 
 
 # Results.

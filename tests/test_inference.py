@@ -426,6 +426,21 @@ MISTAKES = {
             lambda x: x[0], ng.families.gamma(2), key, estimator=ng.inference.stl(ng.inference.antithetic(8))
         ), TypeError, "draws.*independent",
     ),
+    "no key": (lambda key: ng.fit(lambda x: x[0], full_rank(2), 0), TypeError, "key.*jax.random.key.*got 0"),
+    "half a step": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, max_steps=2.5), ValueError, "max_steps.*got 2.5"
+    ),
+    "several tolerances": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, tol=jnp.ones(2)), ValueError, "tol.*one number.*vmap"
+    ),
+    "a tuple for init": (
+        lambda key: ng.fit(lambda x: x[0], full_rank(2), key, init=(jnp.zeros(2), jnp.eye(2))), ValueError, "init"
+    ),
+    "vector likelihood": (
+        lambda key: ng.fit(
+            ng.inference.minibatch(lambda x: 0.0, lambda x, y: x - y, 2), full_rank(2), key, data=jnp.ones((4, 2))
+        ), ValueError, r"log_likelihood.*scalar.*\(2,\)",
+    ),
     "zero draws": (lambda key: ng.inference.stl(0), ValueError, "draws.*positive.*got 0"),
     "one draw for a baseline": (lambda key: ng.inference.score(1), ValueError, "draws.*at least 2.*got 1"),
     "too many nodes": (
@@ -440,7 +455,7 @@ MISTAKES = {
     "minibatch without data": (
         lambda key: ng.fit(ng.inference.minibatch(jnp.sum, lambda x, y: x[0], 2), full_rank(2), key), ValueError, "data"
     ),
-    "batch_size": (lambda key: ng.inference.minibatch(jnp.sum, jnp.sum, 0), ValueError, "batch_size.*got 0"),
+    "batch_size": (lambda key: ng.inference.minibatch(jnp.sum, jnp.sum, 1), ValueError, "batch_size.*got 1"),
     "table of lanes": (
         lambda key: ng.inference.best_of(ng.fit(gaussian_of_one, full_rank(1), key)), ValueError, "leading axis"
     ),

@@ -16,7 +16,7 @@ from natgrad_jax._tree import PyTree, all_finite, where
 GROWTH = 4.0  # of the radius, while it binds and the gain is as predicted
 SHRINK = 8.0  # of the KL, after a rejection
 REJECT_AT = 3.0  # standard errors by which the value must have fallen
-GAIN = 1e-4  # of the predicted gain, that a value without noise must reach
+GAIN = 0.1  # of the predicted gain, that a value without noise must reach
 ERROR_GROWTH = 3.0  # cap on the new standard error, relative to the old: heavy tails must not excuse everything
 MEMORY = 0.8  # of the running means that decide when to stop
 STALE = 10.0  # the running means are cut to this many times the larger of the last two ‖g‖²

@@ -70,7 +70,9 @@ def psis(log_weights: Array) -> Psis:
     given = _checked(log_weights, 5 * FEWEST)
     x, usable = _below_the_largest(given)
     size = math.ceil(min(len(x) / 5, 3 * math.sqrt(len(x))))
-    raw, places = jax.lax.top_k(x, size + 1)
+    places = jax.lax.top_k(x.astype(jnp.float32), size + 1)[1]  # on a CPU a selection in float64 is a whole sort
+    places = places[jnp.argsort(-x[places], stable=True)]
+    raw = x[places]
     tail, khat = _smoothed(raw[:-1], raw[-1])
     x = x.at[places[:-1]].set(tail)
     x = jnp.where(usable, x - jax.nn.logsumexp(x), jnp.nan)

@@ -45,6 +45,10 @@ class Draws:
         """Standard error of the mean of the values at the points."""
         return jnp.std(values) / math.sqrt(max(len(values) - 1, 1))
 
+    def radial_error(self, trace: Array, d: int) -> Array:
+        """Standard error beside `error`, for a function of mean curvature `trace`, where points share their radii."""
+        return jnp.zeros_like(trace)
+
 
 def _pairs(values: Array) -> Array:
     half = len(values) // 2
@@ -83,24 +87,30 @@ class Orthogonal(Antithetic):
         """The points, shape (count(d), d)."""
         blocks = self.count(d) // (2 * d)
         directions, radii = jax.random.split(key)
-        q = jax.vmap(_rotation)(jax.random.normal(directions, ((blocks + 1) // 2, d, d), dtype))
-        # The transpose of a uniformly distributed rotation is one too: two blocks from one factorisation.
-        q = jnp.concatenate([q, jnp.swapaxes(q, -1, -2)])[:blocks]
+        q = jax.vmap(_rotation)(jax.random.normal(directions, (blocks, d, d), dtype))
         radius = jnp.linalg.norm(jax.random.normal(radii, (blocks, d), dtype), axis=-1)
         half = (q * radius[:, None, None]).reshape(-1, d)
         return jnp.concatenate([half, -half])
 
+    def radial_error(self, trace: Array, d: int) -> Array:
+        """½ tr M · sd(χ²_d)/d, over the blocks: pairs of one block cannot show it."""
+        return jnp.abs(trace) / math.sqrt(2 * d * (self.count(d) // (2 * d)))
+
 
 def _rotation(normal: Array) -> Array:
-    """The orthogonal factor of a normal matrix, which is uniformly distributed: A L⁻ᵀ with LLᵀ = AᵀA.
+    """The orthogonal factor of a normal matrix, which is uniformly distributed: A L⁻ᵀ with LLᵀ = AᵀA, twice.
 
-    Three times faster than Householder's; the ridge, of the size of rounding, keeps it finite where A is singular to
-    the digits at hand, and Q a little short of orthogonal.
+    Faster than Householder's. A ridge of the size of rounding keeps the first pass finite where A is singular to the
+    digits at hand; the second removes what the ridge has taken from orthogonality.
     """
-    gram = normal.T @ normal
-    ridge = 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-    lower = jnp.linalg.cholesky(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype))
-    return solve_triangular(lower, normal.T, lower=True)
+
+    def improved(rows: Array) -> Array:
+        gram = rows @ rows.T
+        ridge = 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+        lower = jnp.linalg.cholesky(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype))
+        return solve_triangular(lower, rows, lower=True)
+
+    return improved(improved(normal))
 
 
 class QuasiRandom(Draws):

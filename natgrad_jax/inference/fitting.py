@@ -41,6 +41,7 @@ class _Plan:
     find_scale: bool
     keep_path: bool
     progress: bool
+    dtype: Any
 
 
 def fit(
@@ -59,13 +60,13 @@ def fit(
 ) -> FitResult:
     """Fits q to an unnormalised log-density: minimises KL(q‖p) by natural gradients.
 
-    There is nothing to tune, and the result does not depend on the units of x: rescaled coordinates give one ELBO
-    curve. A step has a bounded KL divergence, is taken back if the ELBO falls by three standard errors, and cannot
-    leave the family. It stops when ½gᵀF⁻¹g, estimated without bias, and the noise of the average are below `tol`, and
-    returns an average of the last iterates.
+    There is nothing to tune. A step has a bounded KL divergence, is taken back if the ELBO falls by three standard
+    errors, and cannot leave the family. It stops when ½gᵀF⁻¹g, estimated without bias, and the noise of the average
+    are below `tol`, and returns an average of the last iterates.
 
     Full-rank, precision and mean-field Gaussians move in the frame in which q is N(0, I), where a step is a straight
-    line in natural parameters, with 2d draws a step, at least 40, in antithetic pairs along orthogonal directions.
+    line in natural parameters, with 2d draws a step, at least 40, in antithetic pairs along orthogonal directions. The
+    result does not depend on the units of x: rescaled coordinates give the same ELBO curve.
     Every other family moves by its own retraction: with 64 draws a step, or by the exact sum if it is finite and small.
 
     Under `vmap` (over keys, data, starts, tolerances) each problem costs the steps that it needs: when one ends, the
@@ -77,8 +78,8 @@ def fit(
         family: one of `families`; x is what its `sample` draws.
         key: a JAX random key.
         data: pytree handed to log_density as the second argument; `vmap` may run over it.
-        init: parameters to start from. None: `family.init()`, with the scales of a Gaussian from the diagonal of the
-            Hessian there.
+        init: parameters to start from. None: `family.init()`, and for those three Gaussians the scales from the
+            diagonal of the Hessian there.
         estimator: `inference.stl()` and its like. None: `exact` for finite families of at most 4096 configurations,
             `stl` where draws are differentiable, else `score`.
         max_steps: limit on evaluations of the gradient estimate.
@@ -109,7 +110,9 @@ def fit(
     Wu, Duvenaud (2017) for the score difference; the safeguards are ours.
     """
     _check_family(family)
-    _check_numbers(max_steps=max_steps, tol=tol)
+    _check_tol(tol)
+    _check_key(key)
+    max_steps = dimension(max_steps, "max_steps", "n")
     final_draws = dimension(final_draws, "final_draws", "n", 5 * diagnostics.FEWEST)
     estimator = _default_estimator(family) if estimator is None else estimator
     draws = _resolved(estimator, family)
@@ -117,7 +120,10 @@ def fit(
     x = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], family.sample(default, jax.random.key(0), 1)))
     shapes = jax.tree.map(jnp.shape, x)
     what = f"one x of shape {shapes}" if isinstance(shapes, tuple) else f"one x of shapes {shapes}"
+    given = data
     target, data = checked(log_density, x, data, what)
+    if isinstance(estimator, ClosedForm) and data is not given:
+        raise ValueError("log_density: with closed_form it cannot close over what vmap traces; pass it through `data`")
     plan = _Plan(
         target,
         family,
@@ -128,6 +134,7 @@ def fit(
         init is None,
         bool(keep_path),
         bool(show_progress),
+        _dtype(default),
     )
     return _run(plan, key, data, default, jnp.asarray(tol, _dtype(default)))
 
@@ -176,7 +183,8 @@ def minimise(
     for name, f in (("objective", objective), ("metric", metric)):
         if not callable(f):
             raise TypeError(f"{name}: expected a function, got {type(f).__name__}")
-    _check_numbers(max_steps=max_steps, tol=tol)
+    _check_tol(tol)
+    max_steps = dimension(max_steps, "max_steps", "n")
     params = jax.tree.map(jnp.asarray, params)
     arguments = (params,) if data is None else (params, data)
     out = jax.eval_shape(objective, *arguments)
@@ -197,10 +205,18 @@ def _check_family(family: Any) -> None:
         )
 
 
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if surely(value, lambda x: not x > 0):
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+def _check_tol(tol: Any) -> None:
+    if not isinstance(tol, int | float) and jnp.shape(tol) != ():
+        raise ValueError(f"tol: expected one number, got shape {jnp.shape(tol)}; for several, vmap over it")
+    if surely(tol, lambda x: not x > 0):
+        raise ValueError(f"tol: expected a positive number, got {tol}")
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, jax.Array) or not (
+        key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    ):
+        raise TypeError(f"key: expected a JAX random key, jax.random.key(seed); got {key!r}")
 
 
 def _initial(family: Any, init: PyTree) -> PyTree:
@@ -208,13 +224,14 @@ def _initial(family: Any, init: PyTree) -> PyTree:
     if init is None:
         return default
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
-    if shapes(init) != shapes(default):
+    treedefs: list[Any] = [jax.tree.structure(init), jax.tree.structure(default)]
+    if treedefs[0] != treedefs[1] or shapes(init) != shapes(default):
         raise ValueError(
             f"init: expected parameters like family.init() of {family}, shapes {shapes(default)}; got {shapes(init)}"
         )
     if surely(all_finite(jax.tree.map(jnp.asarray, init)), lambda finite: not finite):
         raise ValueError("init: expected finite parameters, got NaN or infinity")
-    return jax.tree.map(jnp.asarray, init)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float, x)), init)
 
 
 def _dtype(params: PyTree) -> Any:
@@ -297,6 +314,7 @@ def _run(plan: _Plan, key: Array, data: PyTree, init: PyTree, tol: Array) -> Fit
         geometry = _geometry(plan, in_frame, data, key)
         params = shown(descent.mean_iterate(geometry, state))
         elbo, error, khat = _judged(plan, data, params, jax.random.fold_in(key, plan.max_steps))
+        status = _status(geometry, state, tol, jnp.isfinite(elbo))
         per_step, at_start = _products(plan, in_frame)
         n = _evaluations(plan)
         return FitResult(
@@ -304,9 +322,9 @@ def _run(plan: _Plan, key: Array, data: PyTree, init: PyTree, tol: Array) -> Fit
             elbo=state.value,
             final_elbo=elbo,
             final_error=error,
-            status=_status(geometry, state, tol, jnp.isfinite(elbo)),
+            status=status,
             natural_norm=descent.natural_norm(state),
-            khat=khat,
+            khat=jnp.where(status >= Status.NON_FINITE, jnp.inf, khat),  # of a q that means nothing
             steps=state.count,
             rejected=state.rejected,
             skipped=state.skipped,
@@ -373,7 +391,7 @@ def _minimise(
         end=end,
         max_steps=max_steps,
     )
-    result, (history, path) = lanes.run(iteration, (params, data, jnp.asarray(tol)))
+    result, (history, path) = lanes.alone(iteration, (params, data, jnp.asarray(tol)))
     return replace(result, elbo=history, path=path)
 
 
@@ -388,7 +406,12 @@ def _data_of(metric: Callable[..., Any], data: PyTree) -> dict[str, PyTree]:
 
 
 def _whole(plan: _Plan, data: PyTree) -> Callable[[PyTree], Array]:
-    return plan.log_density if data is None else lambda x: plan.log_density(x, data)
+    return _cast(plan, plan.log_density if data is None else lambda x: plan.log_density(x, data))
+
+
+def _cast(plan: _Plan, target: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
+    """In the dtype of the parameters, whatever that of the data."""
+    return lambda x: target(x).astype(plan.dtype)
 
 
 def _geometry(plan: _Plan, in_frame: bool, data: PyTree, key: Array) -> Geometry:
@@ -396,6 +419,7 @@ def _geometry(plan: _Plan, in_frame: bool, data: PyTree, key: Array) -> Geometry
     target, batch_error = _whole(plan, data), None
     if isinstance(plan.log_density, Minibatch):
         target, batch_error = plan.log_density.at(data, jax.random.fold_in(key, 1))
+        target = _cast(plan, target)
     if in_frame:
         return whitened.Whitened(target, plan.estimator, plan.draws, batch_error)
     expected = None

@@ -35,7 +35,7 @@ class Iteration:
 
 def run(iteration: Iteration, args: PyTree) -> tuple[PyTree, PyTree]:
     """What `end` makes of the last state, and the rows that were kept, (max_steps, …), NaN or 0 after the last."""
-    call = custom_vmap(lambda args: _alone(iteration, args))
+    call = custom_vmap(lambda args: alone(iteration, args))
 
     @call.def_vmap
     def together(axis_size: int, in_batched: Any, args: PyTree) -> Any:
@@ -45,7 +45,8 @@ def run(iteration: Iteration, args: PyTree) -> tuple[PyTree, PyTree]:
     return call(args)
 
 
-def _alone(iteration: Iteration, args: PyTree) -> tuple[Any, PyTree]:
+def alone(iteration: Iteration, args: PyTree) -> tuple[PyTree, PyTree]:
+    """The same for one problem; under `vmap` every lane waits for the slowest, but closures may hold its tracers."""
     state = iteration.begin(args)
     table = _empty(iteration, state, ())
 

@@ -82,6 +82,7 @@ class FitResult:
 
     def sample(self, key: Array, n: int) -> PyTree:
         """n draws from the fitted q; of a single fit, not of a vmapped one (vmap over it)."""
+        self._single()
         return self.family.sample(self.params, key, n)
 
     def log_prob(self, x: PyTree) -> Array:
@@ -103,13 +104,15 @@ class FitResult:
         return diagnostics.to_arviz(self._draws(key, n, constrain))
 
     def _draws(self, key: Array, n: int, constrain: Callable[[PyTree], PyTree] | None) -> PyTree:
+        draws = self.sample(key, n)
+        return draws if constrain is None else constrain(draws)
+
+    def _single(self) -> None:
         if self.status.ndim:
             raise ValueError(
                 f"result: expected a single fit, got one with leading axes {self.status.shape}; "
                 "take a lane, jax.tree.map(lambda x: x[i], result), or inference.best_of(result)"
             )
-        draws = self.sample(key, n)
-        return draws if constrain is None else constrain(draws)
 
     def save(self, path: Any) -> None:
         """Writes every array to one .npz file; read it with `load`."""
@@ -171,6 +174,8 @@ def load(path: Any, family: Any) -> FitResult:
         >>> bool(again.final_elbo == result.final_elbo)
         True
     """
+    if family is None:
+        raise TypeError("family: expected the family of the fit; a result of minimise is read by diagnostics.load")
     stored = diagnostics.shapes(path)
     params = family.init()
     numbers: dict[str, Any] = dict.fromkeys((field.name for field in fields(FitResult)), 0.0)

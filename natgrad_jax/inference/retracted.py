@@ -164,6 +164,6 @@ class OfObjective(Retracted):
     def evaluate(self, params: PyTree, key: Array) -> Estimate:
         """Minus the objective and both faces of its gradient."""
         value, grad = jax.value_and_grad(self.objective)(params)
-        covector = jax.tree.map(lambda x: -x, grad)
+        covector = jax.tree.map(lambda x: -jnp.conj(x), grad)  # as optax has it; JAX has the conjugate
         solution = solve(self.metric(params), covector, solver=self.solver, damping=self.damping)
         return Estimate(-value, jnp.zeros_like(value), Gradient(covector, solution.value))

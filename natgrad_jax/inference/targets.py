@@ -1,5 +1,6 @@
 """What `fit` asks of a log-density: one scalar, the same every time; and sums over data, by minibatches."""
 
+import dis
 import re
 import weakref
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def minibatch(
     Args:
         log_prior: log p(x), nats.
         log_likelihood: log p(y_i | x) of ONE example, nats: log_likelihood(x, example).
-        batch_size: B.
+        batch_size: B, at least 2, which its standard error needs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -78,7 +79,7 @@ def minibatch(
     for name, f in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
         if not callable(f):
             raise TypeError(f"{name}: expected a function, got {type(f).__name__}")
-    return Minibatch(log_prior, log_likelihood, dimension(batch_size, "minibatch", "batch_size"))
+    return Minibatch(log_prior, log_likelihood, dimension(batch_size, "minibatch", "batch_size", 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,15 @@ def checked(log_density: Any, x: PyTree, data: PyTree, what: str) -> tuple[Calla
         if data is None:
             raise ValueError("data: expected the examples of inference.minibatch, on the leading axis; got None")
         leading_axis(data, "data")
+        one = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], data))
+        _check_scalar(jax.eval_shape(log_density.log_likelihood, x, one), "one x and one example", "log_likelihood")
+    try:
+        hash(log_density)
+    except TypeError:
+        raise TypeError(
+            f"log_density: expected a function that can be hashed, as a program is compiled for each; "
+            f"got {type(log_density).__name__}. Wrap it, lambda x: f(x), once"
+        ) from None
     arguments = (x,) if data is None else (x, data)
     if _unchanged(log_density):
         _check_scalar(jax.eval_shape(log_density, *arguments), what)
@@ -126,19 +136,23 @@ def checked(log_density: Any, x: PyTree, data: PyTree, what: str) -> tuple[Calla
             "It depends on Python state (a counter, numpy.random): pass what changes through `data`"
         )
     if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
+        if isinstance(log_density, Minibatch):
+            raise ValueError(
+                "log_density: inference.minibatch cannot close over what jit or vmap traces; pass it through `data`"
+            )
         return _hoisted(jaxpr, jax.tree.structure(arguments)), (data, list(jaxpr.consts))
     _remember(log_density)
     return log_density, data
 
 
-def _check_scalar(out: Any, what: str) -> None:
+def _check_scalar(out: Any, what: str, name: str = "log_density") -> None:
     if getattr(out, "shape", None) != ():
         raise ValueError(
-            f"log_density: expected a scalar for {what}, got {jax.tree.map(lambda s: s.shape, out)}. "
+            f"{name}: expected a scalar for {what}, got {jax.tree.map(lambda s: s.shape, out)}. "
             "Sum over data points and components; x has no batch axis."
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(f"log_density: expected a real floating-point number, got {out.dtype}")
+        raise ValueError(f"{name}: expected a real floating-point number, got {out.dtype}")
 
 
 def _hoisted(jaxpr: Any, structure: Any) -> _Hoisted:
@@ -165,13 +179,27 @@ def _equal(a: Any, b: Any) -> bool:
     return a.shape == b.shape and bool(jnp.all(a == b))
 
 
-def _uses(f: Any) -> dict[str, Any]:
-    """The variables that a function closes over or reads from its module, by name."""
-    if not isinstance(f, FunctionType):
+def _uses(f: Any, seen: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The variables that a function closes over or reads from its module, by name, but for those that it writes.
+
+    Those of functions of the same module that it calls too. What it reads through objects is not seen, and what is
+    changed in place neither.
+    """
+    if isinstance(f, Minibatch):
+        return _uses(f.log_prior) | _uses(f.log_likelihood)
+    if not isinstance(f, FunctionType) or f in seen:
         return {}
     cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
     local = {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
-    return {name: f.__globals__[name] for name in f.__code__.co_names if name in f.__globals__} | local
+    steps = list(dis.get_instructions(f))
+    written = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"} - written
+    known = {name: f.__globals__[name] for name in read if name in f.__globals__}
+    used = known | {name: value for name, value in local.items() if name not in written}
+    for other in list(used.values()):
+        if isinstance(other, FunctionType) and other.__globals__ is f.__globals__:
+            used = _uses(other, (*seen, f)) | used
+    return used
 
 
 def _is_set(cell: Any) -> bool:
@@ -207,6 +235,15 @@ def _unchanged(f: Any) -> bool:
 
 
 def _identical(a: Any, b: Any) -> bool:
+    """Whether a trace would see no difference."""
     if a is b:
         return True
-    return isinstance(a, int | float | str | bytes | tuple) and type(a) is type(b) and a == b
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray | np.generic | Array):
+        return a.shape == b.shape and a.dtype == b.dtype and _equal(a, b)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_identical, a, b))
+    if isinstance(a, FunctionType):
+        return a.__code__ == b.__code__ and _identical(list(_uses(a).values()), list(_uses(b).values()))
+    return isinstance(a, int | float | str | bytes) and a == b

@@ -13,6 +13,7 @@ Nothing here depends on the units of z. A full-rank factor has shape (d, d), a m
 diagonal only; the few functions that tell them apart stand at the end.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,14 +28,16 @@ from natgrad_jax.inference.descent import Estimate, Move
 from natgrad_jax.inference.draws import Draws
 from natgrad_jax.inference.estimators import Estimator, Price, Reparameterised, Score
 
-HALVINGS = 40  # of the interval of step sizes; a step may be a millionth of the largest
+TRIALS = 10  # of a step size
+AIM = 1 - 1e-5  # of the radius, so that what converges to it from above ends inside
 
 
 class Frame(NamedTuple):
-    """q = N(loc, CCᵀ): z = loc + Cε; C = factor is (d, d), or (d,) for a diagonal."""
+    """q = N(loc, CCᵀ): z = loc + Cε; C = factor is (d, d), or (d,) for a diagonal; log_det is log|det C|."""
 
     loc: Array
     factor: Array
+    log_det: Array
 
 
 class Gradient(NamedTuple):
@@ -85,7 +88,9 @@ class Whitened:
         else:
             r = pulled + eps
             gradient = Gradient(weights @ r, _moment(frame.factor, r, eps, weights))
-        return Estimate(weights @ gaps, self._error(gaps, z), gradient)
+        trace = jnp.sum(gradient.m) if gradient.m.ndim == 1 else jnp.trace(gradient.m)
+        error = jnp.hypot(self._error(gaps, z), self.draws.radial_error(trace, d))
+        return Estimate(weights @ gaps, error, gradient)
 
     def _error(self, gaps: Array, z: Array) -> Array:
         error = self.draws.error(gaps)
@@ -115,12 +120,13 @@ class Whitened:
         shrink = 1 - size * values
         root = _function(vectors, 1 / jnp.sqrt(shrink))
         shift = _from_eigen(vectors, size * u / shrink)
-        frame = Frame(point.loc + _apply(point.factor, shift), _times(point.factor, root))
+        log_det = point.log_det - 0.5 * jnp.sum(jnp.log(shrink))
+        frame = Frame(point.loc + _apply(point.factor, shift), _times(point.factor, root), log_det)
         return Move(frame, _kl(size, values, u), size, (root, shift))
 
     def narrower(self, point: Frame) -> Frame:
         """Half the scales."""
-        return Frame(point.loc, point.factor / 2)
+        return Frame(point.loc, point.factor / 2, point.log_det - len(point.loc) * math.log(2))
 
     def average(self, point: Frame) -> Average:
         """A = I, b = 0: q seen from its own frame."""
@@ -140,21 +146,26 @@ class Whitened:
     def mean(self, average: Average, point: Frame) -> Frame:
         """N(A⁻¹b, A⁻¹) in the frame of the point."""
         precision, linear = average
-        loc, factor = point
+        loc, factor, log_det = point
         if factor.ndim == 1:
             scale = 1 / jnp.sqrt(precision)
-            return Frame(loc + factor * scale * scale * linear, factor * scale)
+            return Frame(loc + factor * scale * scale * linear, factor * scale, log_det + jnp.sum(jnp.log(scale)))
         inverse = inverse_lower(jnp.linalg.cholesky(precision))
-        return Frame(loc + factor @ (inverse.T @ (inverse @ linear)), factor @ inverse.T)
+        log_det += jnp.sum(jnp.log(jnp.diagonal(inverse)))
+        return Frame(loc + factor @ (inverse.T @ (inverse @ linear)), factor @ inverse.T, log_det)
 
 
 def to_frame(params: Any) -> Frame:
     """A frame of a full-rank, precision or mean-field Gaussian."""
     if isinstance(params, MeanFieldParams):
-        return Frame(params.loc, jnp.exp(params.log_scale))
+        return Frame(params.loc, jnp.exp(params.log_scale), jnp.sum(params.log_scale))
     if isinstance(params, PrecisionParams):
-        return Frame(params.loc, inverse_lower(jnp.tril(params.precision_tril)).T)
-    return Frame(params.loc, jnp.tril(params.scale_tril))
+        return _triangular(params.loc, inverse_lower(jnp.tril(params.precision_tril)).T)
+    return _triangular(params.loc, jnp.tril(params.scale_tril))
+
+
+def _triangular(loc: Array, factor: Array) -> Frame:
+    return Frame(loc, factor, jnp.sum(jnp.log(jnp.abs(jnp.diagonal(factor)))))
 
 
 def from_frame(frame: Frame, like: Any) -> Any:
@@ -177,7 +188,7 @@ def curvature_start(target: Callable[[Array], Array], frame: Frame) -> Frame:
     scale = 1 / jnp.sqrt(jnp.abs(jax.vmap(curvature)(jnp.eye(len(frame.loc), dtype=frame.loc.dtype))))
     own = frame.factor if frame.factor.ndim == 1 else jnp.diagonal(frame.factor)
     scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, own)
-    return Frame(frame.loc, scale if frame.factor.ndim == 1 else jnp.diag(scale))
+    return Frame(frame.loc, scale if frame.factor.ndim == 1 else jnp.diag(scale), jnp.sum(jnp.log(scale)))
 
 
 def at(frame: Frame, eps: Array) -> Array:
@@ -187,8 +198,7 @@ def at(frame: Frame, eps: Array) -> Array:
 
 def log_q(frame: Frame, eps: Array) -> Array:
     """log q(z) at every z = μ + Cε."""
-    half_log_det = _log_det(frame.factor) + 0.5 * len(frame.loc) * LOG_2PI
-    return -0.5 * jnp.sum(jnp.square(eps), axis=-1) - half_log_det
+    return -0.5 * jnp.sum(jnp.square(eps), axis=-1) - frame.log_det - 0.5 * len(frame.loc) * LOG_2PI
 
 
 def _score(frame: Frame, gaps: Array, eps: Array, weights: Array) -> Gradient:
@@ -209,16 +219,35 @@ def _kl(size: Array, values: Array, u: Array) -> Array:
 
 
 def _largest_step(values: Array, u: Array, rate: Array, radius: Array) -> Array:
-    """The largest s ≤ rate with KL ≤ radius, by bisection: the KL grows with s."""
+    """The largest s ≤ rate with KL ≤ radius: the KL grows with s, nearly as a power of it.
 
-    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) / 2
-        inside = _kl(middle, values, u) <= radius
-        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+    With λ the largest eigenvalue or 0, KL ≤ ½‖g‖²(s/(1 − sλ))², which gives a lower bound; where s = 1/λ q⁺ ceases to
+    exist. Between the two, tangents of log KL over log s; where they leave the interval, its geometric mean.
+    """
+    norm = jnp.sqrt(u @ u + 0.5 * jnp.sum(jnp.square(values)))
+    reach = jnp.sqrt(2 * radius) / jnp.where(norm > 0, norm, 1)
+    most = jnp.maximum(jnp.max(values), 0)
+    least = jnp.minimum(rate, reach / (1 + reach * most))
+    pole = jnp.where(rate * most < 1, rate, 1 / jnp.where(most > 0, most, 1))
 
-    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(rate), rate))
+    def narrow(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, s = carry
+        kl = _kl(s, values, u)
+        inside = kl <= radius
+        low, high = jnp.where(inside, s, low), jnp.where(inside, high, s)
+        slope = _slope(s, values, u) * s / jnp.where(kl > 0, kl, 1)  # d log KL / d log s
+        step = jnp.log(AIM * radius / jnp.where(kl > 0, kl, 1)) / jnp.where(slope > 0, slope, 1)
+        proposal = s * jnp.exp(jnp.where(jnp.isfinite(kl), step, -jnp.inf))
+        return low, high, jnp.where((proposal > low) & (proposal < high), proposal, jnp.sqrt(low * high))
+
+    low, _, _ = jax.lax.fori_loop(0, TRIALS, narrow, (least, pole, least))
     return jnp.where(_kl(rate, values, u) <= radius, rate, low)
+
+
+def _slope(size: Array, values: Array, u: Array) -> Array:
+    """d KL / ds = ½Σ sλ²/a² + 2su²/a³ with a = 1 − sλ."""
+    a = 1 - size * values
+    return 0.5 * jnp.sum(size * jnp.square(values / a) + 2 * size * jnp.square(u / a) / a)
 
 
 # What differs between a full factor (d, d) and a diagonal one (d,).
@@ -240,10 +269,6 @@ def _pull(factor: Array, g: Array) -> Array:
 
 def _times(a: Array, b: Array) -> Array:
     return a @ b if a.ndim == 2 else a * b
-
-
-def _log_det(factor: Array) -> Array:
-    return jnp.linalg.slogdet(factor)[1] if factor.ndim == 2 else jnp.sum(jnp.log(jnp.abs(factor)))
 
 
 def _moment(factor: Array, r: Array, eps: Array, weights: Array) -> Array:
