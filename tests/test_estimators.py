@@ -1,5 +1,7 @@
 """Estimators, draws and families of fit, against closed forms; minibatches, lanes, and objectives under a metric."""
 
+import dataclasses
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -339,6 +341,10 @@ def test_the_best_of_several_starts(float64):
     fit = lambda loc: ng.fit(log_density, family, jax.random.key(0), init=family.init(loc))
     result = jax.vmap(fit)(jnp.array([[-6.0], [100.0], [6.0]]))
     assert np.asarray(result.status).tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    runaway = dataclasses.replace(
+        result, status=jnp.array([1, 2, 3]), final_elbo=jnp.array([-5.0, jnp.nan, 1e30]), steps=jnp.arange(3)
+    )
+    assert int(inference.best_of(runaway).steps) == 0
     best = inference.best_of(result)
     assert best.status.shape == () and abs(float(best.params.loc[0]) - 5) < 0.2
     assert best.family == family and float(best.final_elbo) == float(result.final_elbo[2])
@@ -416,6 +422,10 @@ def test_single_precision_parameters_and_double_data(float64):
     result = ng.fit(log_density, family, jax.random.key(0), data=jnp.array([1.0, 2.0]), init=start)
     assert bool(result.converged) and result.params.loc.dtype == jnp.float32
     np.testing.assert_allclose(result.params.loc, [1, 2], atol=0.2)
+    spins = FAMILIES.bernoulli(2)  # summed over a support that is in double precision by itself
+    result = ng.fit(lambda x: jnp.sum(x * jnp.arange(2.0)), spins, jax.random.key(0), init=jnp.zeros(2, jnp.float32))
+    assert bool(result.converged) and result.params.dtype == jnp.float32
+    np.testing.assert_allclose(result.params, [0, 1], atol=0.2)
 
 
 # Status.

@@ -69,8 +69,8 @@ def fit(
     result does not depend on the units of x: rescaled coordinates give the same ELBO curve.
     Every other family moves by its own retraction: with 64 draws a step, or by the exact sum if it is finite and small.
 
-    Under `vmap` (over keys, data, starts, tolerances) each problem costs the steps that it needs: when one ends, the
-    next takes its place.
+    Under `vmap` (over keys, data, starts, tolerances) on a CPU each problem costs the steps that it needs: when one
+    ends, the next takes its place. Other devices run all at once, until the slowest ends.
 
     Args:
         log_density: log p̃(x), or log p̃(x, data), for one x; nats, up to a constant. Compiled once per function: pass
@@ -114,6 +114,8 @@ def fit(
     _check_key(key)
     max_steps = dimension(max_steps, "max_steps", "n")
     final_draws = dimension(final_draws, "final_draws", "n", 5 * diagnostics.FEWEST)
+    if show_progress:
+        progress.check()
     estimator = _default_estimator(family) if estimator is None else estimator
     draws = _resolved(estimator, family)
     default = _initial(family, init)
@@ -158,7 +160,8 @@ def minimise(
     ½∇LᵀG⁻¹∇L < tol, in the units of the objective.
 
     Args:
-        objective: objective(params), or objective(params, data); a scalar.
+        objective: objective(params), or objective(params, data); a scalar. Compiled once per function, as the metric:
+            pass new data through `data`; a variable of theirs that changes is not seen.
         metric: metric(params) -> operator, of `metrics`; metrics that need data take it from `data`, a dictionary.
         params: where to start.
         data: pytree handed to the objective; if the metric names keyword-only parameters, a dictionary that has them.
@@ -266,7 +269,10 @@ def _resolved(estimator: Any, family: Any) -> Draws:
     normal = hasattr(family, "push")
     draws = estimator.draws
     if draws is None:
-        return orthogonal(LEAST_DRAWS) if normal else independent(OTHER_DRAWS)
+        if isinstance(family, WHITENED) and not isinstance(estimator, Score):
+            return orthogonal(LEAST_DRAWS)
+        # Where no M is at hand, the error of a radius that orthogonal draws share would not be seen.
+        return antithetic(OTHER_DRAWS) if normal and not isinstance(estimator, Score) else independent(OTHER_DRAWS)
     inner = draws.inner if isinstance(draws, Fixed) else draws
     if not normal and not isinstance(inner, Independent):
         raise TypeError(

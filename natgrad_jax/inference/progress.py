@@ -5,6 +5,14 @@ from typing import Any
 _bars: list[Any] = []
 
 
+def check() -> None:
+    """An `ImportError` with the cure if there is nothing to draw a bar with."""
+    try:
+        import tqdm.auto  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}. show_progress draws a bar with tqdm: pip install tqdm") from error
+
+
 def show(limit: int, count: Any, value: Any, last: Any) -> None:
     """Moves the bar to `count` of `limit` steps; `last` closes it."""
     from tqdm.auto import tqdm

@@ -132,7 +132,8 @@ class FitResult:
 def best_of(result: FitResult) -> FitResult:
     """The fit with the highest final ELBO among those with one leading axis: restarts under `vmap`.
 
-    What is not finite never wins; converged fits win over others.
+    What is not finite, or was stopped by the trust region (an ELBO that ran away), never wins; converged fits win over
+    others.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -146,7 +147,7 @@ def best_of(result: FitResult) -> FitResult:
     if result.status.ndim != 1:
         raise ValueError(f"result: expected fits along one leading axis, got a status of shape {result.status.shape}")
     value = jnp.where(jnp.isfinite(result.final_elbo), result.final_elbo, -jnp.inf)
-    value = jnp.where(result.status == Status.NON_FINITE, -jnp.inf, value)
+    value = jnp.where(result.status >= Status.NON_FINITE, -jnp.inf, value)
     ended_well = result.converged & (value > -jnp.inf)
     value = jnp.where(ended_well | ~jnp.any(ended_well), value, -jnp.inf)
     best = jnp.argmax(value)

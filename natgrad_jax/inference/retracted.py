@@ -100,14 +100,19 @@ class OfFamily(Retracted):
     def _objective(self) -> Callable[[PyTree, Array], tuple[Array, tuple[Array, Array]]]:
         """A function whose gradient is the estimator; beside it the ELBO and its standard error."""
         if isinstance(self.estimator, Exact):
-            support, chunk_size = self.family.support(), self.estimator.chunk_size
-            kl = exact_kl(self.family.log_prob, self.target, support, chunk_size=chunk_size)
-            return lambda params, _: _certain(-kl(params))
+            return lambda params, _: _certain(-self._exact_kl(params))
         if isinstance(self.estimator, ClosedForm):
             assert self.expected is not None
             expected = self.expected
             return lambda params, _: _certain(expected(params) + self.family.entropy(params))
         return self._sampled
+
+    def _exact_kl(self, params: PyTree) -> Array:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        in_its_precision = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+        support = jax.tree.map(in_its_precision, self.family.support())
+        chunk_size = getattr(self.estimator, "chunk_size", None)
+        return exact_kl(self.family.log_prob, self.target, support, chunk_size=chunk_size)(params)
 
     def _sampled(self, params: PyTree, key: Array) -> tuple[Array, tuple[Array, Array]]:
         fixed = jax.lax.stop_gradient(params)

@@ -1,6 +1,7 @@
 """What `fit` asks of a log-density: one scalar, the same every time; and sums over data, by minibatches."""
 
 import dis
+import functools
 import re
 import weakref
 from collections.abc import Callable
@@ -191,15 +192,21 @@ def _uses(f: Any, seen: tuple[Any, ...] = ()) -> dict[str, Any]:
         return {}
     cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
     local = {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
-    steps = list(dis.get_instructions(f))
-    written = {step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
-    read = {step.argval for step in steps if step.opname == "LOAD_GLOBAL"} - written
+    read, written = _names(f.__code__)
     known = {name: f.__globals__[name] for name in read if name in f.__globals__}
     used = known | {name: value for name, value in local.items() if name not in written}
     for other in list(used.values()):
         if isinstance(other, FunctionType) and other.__globals__ is f.__globals__:
             used = _uses(other, (*seen, f)) | used
     return used
+
+
+@functools.cache
+def _names(code: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """The globals that a function reads and does not write, and what it writes outside of itself."""
+    steps = list(dis.get_instructions(code))
+    written = frozenset(step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF"))
+    return frozenset(step.argval for step in steps if step.opname == "LOAD_GLOBAL") - written, written
 
 
 def _is_set(cell: Any) -> bool:

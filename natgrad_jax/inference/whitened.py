@@ -76,7 +76,8 @@ class Whitened:
         z = at(frame, eps)
         if isinstance(self.estimator, Score):
             gaps = jax.vmap(self.target)(z) - log_q(frame, eps)
-            return Estimate(weights @ gaps, self._error(gaps, z), _score(frame, gaps, eps, weights))
+            gradient = _score(frame, gaps, eps, weights)
+            return Estimate(weights @ gaps, self._error(gaps, z, gradient), gradient)
         values, slopes = jax.vmap(jax.value_and_grad(self.target))(z)
         gaps = values - log_q(frame, eps)
         pulled = _pull(frame.factor, slopes)
@@ -88,12 +89,11 @@ class Whitened:
         else:
             r = pulled + eps
             gradient = Gradient(weights @ r, _moment(frame.factor, r, eps, weights))
-        trace = jnp.sum(gradient.m) if gradient.m.ndim == 1 else jnp.trace(gradient.m)
-        error = jnp.hypot(self._error(gaps, z), self.draws.radial_error(trace, d))
-        return Estimate(weights @ gaps, error, gradient)
+        return Estimate(weights @ gaps, self._error(gaps, z, gradient), gradient)
 
-    def _error(self, gaps: Array, z: Array) -> Array:
-        error = self.draws.error(gaps)
+    def _error(self, gaps: Array, z: Array, gradient: Gradient) -> Array:
+        trace = jnp.sum(gradient.m) if gradient.m.ndim == 1 else jnp.trace(gradient.m)
+        error = jnp.hypot(self.draws.error(gaps), self.draws.radial_error(trace, len(gradient.u)))
         return error if self.batch_error is None else jnp.hypot(error, self.batch_error(z[0]))
 
     def _curvature(self, frame: Frame, z: Array, weights: Array) -> Array:
@@ -113,7 +113,7 @@ class Whitened:
         return a.u @ b.u + 0.5 * jnp.sum(a.m * b.m)
 
     def advance(self, point: Frame, gradient: Gradient, rate: Array, radius: Array) -> Move:
-        """Along natural parameters; the KL is exact, and its bound found by bisection."""
+        """Along natural parameters; the KL is exact."""
         values, vectors = _spectrum(gradient.m)
         u = _to_eigen(vectors, gradient.u)
         size = _largest_step(values, u, rate, radius)
