@@ -16,7 +16,10 @@ import optax
 import natgrad_jax as ng
 from natgrad_jax.demo import double_precision
 
-NAMES = ("inference", "full_rank", "jacobian", "solvers", "metrics", "transforms", "rules", "adapters", "posteriors")
+NAMES = (
+    "inference", "full_rank", "jacobian", "solvers", "metrics", "transforms", "rules", "adapters", "posteriors",
+    "peers",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -56,7 +56,8 @@ def arrivals(loop: str, name: str, through: Any, problem: Problem, natural: Any,
         return float(np.median(first)), max(first), float(np.median([g[-1] for g in gaps]))
 
     ours = through(problem, natural(problem.d) if natural else None, steps)
-    peers = {rate: through(problem, optax.adam(rate), longer) for rate in (ADAM_RATES[1:2] if fast else ADAM_RATES)}
+    adam = adam_path(through, problem, longer)
+    peers = {rate: partial(adam, rate=rate) for rate in (ADAM_RATES[1:2] if fast else ADAM_RATES)}
     own = judged(ours, keys, steps)
     others = {rate: judged(path, keys[:3], longer) for rate, path in peers.items()}
     best = min(others, key=lambda rate: (others[rate][0], others[rate][2]))
@@ -79,6 +80,11 @@ def arrivals(loop: str, name: str, through: Any, problem: Problem, natural: Any,
         row |= {f"{rule}: {what} seconds": value for rule, value in spent.items()}
         row[f"Adam / adapter, {what}"] = spent["Adam"] / spent["adapter"]
     return row
+
+
+def adam_path(through: Any, problem: Problem, steps: int) -> Callable[..., FullRankParams]:
+    """(key, rate) -> the path of a package's loop under Adam, compiled once for all rates."""
+    return jax.jit(lambda key, rate: through(problem, optax.adam(rate), steps)(key))
 
 
 def recorded(step: Callable[[Any, Array], Any], now: Callable[[Any], FullRankParams], start: Any, steps: int) -> Path:

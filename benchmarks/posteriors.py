@@ -72,11 +72,13 @@ class Split(NamedTuple):
     Attributes:
         log_density: log p̃(w) of the first half for one w = (bias, 30 coefficients), nats.
         d: 31.
+        data: of `logistic`, that log_density comes from.
         held_out: w -> log-likelihood of each cell of the other half, nats.
     """
 
     log_density: LogDensity
     d: int
+    data: dict[str, np.ndarray]
     held_out: Callable[[Array], Array]
 
 
@@ -403,11 +405,16 @@ def logistic_split(features: np.ndarray, labels: np.ndarray, seen: np.ndarray, u
     design = np.concatenate([np.ones((len(labels), 1)), (features - mean) / spread], axis=1)
     signed = (2 * labels - 1)[:, None] * design
 
-    def log_likelihood(w: Array, rows: np.ndarray) -> Array:
-        return jax.nn.log_sigmoid(jnp.asarray(signed[rows], w.dtype) @ w)
+    data = {"signed": signed[seen], "precision": np.array([1e-5] + [1.0] * features.shape[1])}
 
-    def log_density(w: Array) -> Array:
-        prior = jnp.sum(norm.logpdf(w[1:])) + norm.logpdf(w[0], 0, 1e5**0.5)
-        return jnp.sum(log_likelihood(w, seen)) + prior
+    def held_out(w: Array) -> Array:
+        return jax.nn.log_sigmoid(jnp.asarray(signed[unseen], w.dtype) @ w)
 
-    return Split(log_density, design.shape[1], lambda w: log_likelihood(w, unseen))
+    return Split(partial(logistic, data=data), design.shape[1], data, held_out)
+
+
+def logistic(w: Array, data: dict[str, Any]) -> Array:
+    """Log-density of logistic regression: rows "signed" = ±(1, features), w ~ N(0, 1/"precision")."""
+    signed, precision = jnp.asarray(data["signed"], w.dtype), jnp.asarray(data["precision"], w.dtype)
+    prior = jnp.sum(norm.logpdf(w, 0, 1 / jnp.sqrt(precision)))
+    return jnp.sum(jax.nn.log_sigmoid(signed @ w)) + prior
