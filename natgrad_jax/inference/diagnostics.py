@@ -122,7 +122,9 @@ def _pareto(excess: Array, m: Array) -> tuple[Array, Array]:
     def profile(b: Array) -> tuple[Array, Array]:
         """k and 1/σ of the likeliest distribution with k/σ = −b; at b = 0 it is the exponential one."""
         k = jnp.sum(jnp.log1p(-b * excess)) / m
-        return k, jnp.where(b == 0, m / jnp.sum(excess), -b / jnp.where(b == 0, 1, k))
+        # Both, since XLA may compute b again where it is used, and round it otherwise.
+        flat = (b == 0) | (k == 0)
+        return k, jnp.where(flat, m / jnp.sum(excess), -b / jnp.where(flat, 1, k))
 
     points = 30 + jnp.floor(jnp.sqrt(m.astype(excess.dtype)))
     j = jnp.arange(1, 31 + math.isqrt(len(excess)), dtype=excess.dtype)
