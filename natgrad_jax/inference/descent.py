@@ -19,7 +19,7 @@ REJECT_AT = 3.0  # standard errors by which the value must have fallen
 GAIN = 0.1  # of the predicted gain, that a value without noise must reach
 ERROR_GROWTH = 3.0  # cap on the new standard error, relative to the old: heavy tails must not excuse everything
 MEMORY = 0.8  # of the running means that decide when to stop
-STALE = 10.0  # the running means are cut to this many times the larger of the last two ‖g‖²
+STALE = 2.0  # the running mean of ‖g‖² is cut to this many times the larger of the last two
 CLIP = 4.0  # a gradient above CLIP × the running mean of ‖g‖² is shortened to that
 FALLING = 8.0  # the average begins anew when ‖g‖² has fallen by this since it began
 NEAR = 0.35  # iterates are averaged while successive gradients have less than this part of ‖g‖² in common
@@ -94,7 +94,7 @@ class State(NamedTuple):
     bound: Array
     turns: Array
     weight: Array
-    gap: Array
+    cosine: Array
     norm: Array
     average: PyTree
     averaged: Array
@@ -119,7 +119,7 @@ def start(geometry: Geometry, point: PyTree, key: Array) -> State:
     return State(
         trial=point, base=point, gradient=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.gradient),
         value=zero - jnp.inf, error=zero, radius=radius, kl=radius, predicted=zero, bound=no, turns=zero, weight=zero,
-        gap=zero, norm=zero, average=average, averaged=zero, level=zero, moved=average, count=none, rejected=none,
+        cosine=zero, norm=zero, average=average, averaged=zero, level=zero, moved=average, count=none, rejected=none,
         skipped=none, in_a_row=none, refused=none, started=no,
     )  # fmt: skip
 
@@ -136,18 +136,17 @@ def step(geometry: Geometry, state: State, key: Array) -> State:
 
     gradient = _clipped(geometry, gradient, state)
     norm, last_norm = geometry.inner(gradient, gradient), geometry.inner(state.gradient, state.gradient)
-    gap = geometry.inner(gradient, state.gradient)
+    lengths = jnp.sqrt(norm) * jnp.sqrt(last_norm)
+    cosine = geometry.inner(gradient, state.gradient) / jnp.where(lengths > 0, lengths, 1)
     # Where the radius bound, and where gradients were far longer, the past says nothing about the noise here.
     keep = jnp.where(_far(geometry, state.bound, state.radius), 0, MEMORY)
-    limit = STALE * jnp.maximum(norm, last_norm) * state.weight
-    cut = keep * jnp.where(state.norm > limit, limit / jnp.where(state.norm > 0, state.norm, 1), 1)
-    blend = lambda keep, old, factor, new: jnp.where(later, factor * old + (1 - keep) * new, old)  # noqa: E731
-    weight = blend(keep, state.weight, keep, 1.0)
-    mean_gap, mean_norm = blend(keep, state.gap, cut, gap), blend(keep, state.norm, cut, norm)
-    turns = state.turns + jnp.where(later & (gap < 0), 1, 0)
+    blend = lambda old, new: jnp.where(later, keep * old + (1 - keep) * new, old)  # noqa: E731
+    weight, mean_cosine = blend(state.weight, 1.0), blend(state.cosine, cosine)
+    mean_norm = blend(jnp.minimum(state.norm, STALE * jnp.maximum(norm, last_norm) * state.weight), norm)
+    turns = state.turns + jnp.where(later & (cosine < 0), 1, 0)
     if not geometry.noisy:  # the gradient is what it is, and so is its length
-        weight, mean_gap, mean_norm = (jnp.where(accept, x, y) for x, y in (
-            (jnp.ones_like(weight), state.weight), (norm, state.gap), (norm, state.norm)))  # fmt: skip
+        weight, mean_cosine = (jnp.where(accept, 1, old) for old in (state.weight, state.cosine))
+        mean_norm = jnp.where(accept, norm, state.norm)
         turns = state.turns
 
     as_predicted = value - state.value + noise > state.predicted / 2
@@ -164,7 +163,7 @@ def step(geometry: Geometry, state: State, key: Array) -> State:
     move = geometry.advance(base, gradient, rate, radius)
     bound = move.size < rate
 
-    near = (turns >= 1) & ~_far(geometry, bound, radius) & (weight > 0) & (mean_gap < NEAR * mean_norm)
+    near = (turns >= 1) & ~_far(geometry, bound, radius) & (weight > 0) & (mean_cosine < NEAR * weight)
     mean = mean_norm / jnp.where(weight > 0, weight, 1)
     anew = accept & (~near | (state.averaged == 0) | (FALLING * mean < state.level))
     averaged = jnp.where(anew, jnp.where(near, 1.0, 0.0), state.averaged + accept).astype(weight.dtype)
@@ -186,7 +185,7 @@ def step(geometry: Geometry, state: State, key: Array) -> State:
         bound=bound,
         turns=turns,
         weight=jnp.where(finite, weight, 0),
-        gap=jnp.where(finite, mean_gap, 0),
+        cosine=jnp.where(finite, mean_cosine, 0),
         norm=jnp.where(finite, mean_norm, 0),
         average=average,
         averaged=averaged,
@@ -204,10 +203,11 @@ def step(geometry: Geometry, state: State, key: Array) -> State:
 def converged(geometry: Geometry, state: State, tol: Array) -> Array:
     """Whether the gap to the optimum and the noise of the average are both below `tol` nats.
 
-    Near the optimum KL(q‖q*) ≈ ½‖g‖². The product of two independent estimates of g has no bias from their noise.
+    Near the optimum KL(q‖q*) ≈ ½‖g‖². The noise of two independent estimates of g has no part in their product, nor in
+    the sign of their cosine; the mean of cosines is free of the lengths of long ago.
     With weights that grow as k² the noise of a mean of n estimates is 9/5 · ½‖g‖²/n.
     """
-    small = (state.weight > 0) & (state.gap / 2 < tol * state.weight)
+    small = (state.weight > 0) & (natural_norm(state) / 2 < tol)
     if not geometry.noisy:
         return small
     return small & (0.9 * state.norm / jnp.maximum(state.averaged, 1) < tol * state.weight)
@@ -224,8 +224,9 @@ def ran_away(state: State) -> Array:
 
 
 def natural_norm(state: State) -> Array:
-    """gᵀF⁻¹g in nats: the running mean of the product of successive gradients."""
-    return jnp.where(state.weight > 0, state.gap / jnp.where(state.weight > 0, state.weight, 1), jnp.inf)
+    """gᵀF⁻¹g in nats: the running means of ‖g‖² and of the cosine of successive gradients, multiplied."""
+    weight = jnp.where(state.weight > 0, state.weight, 1)
+    return jnp.where(state.weight > 0, state.cosine / weight * state.norm / weight, jnp.inf)
 
 
 def mean_iterate(geometry: Geometry, state: State) -> PyTree:

@@ -87,7 +87,8 @@ class Orthogonal(Antithetic):
         """The points, shape (count(d), d)."""
         blocks = self.count(d) // (2 * d)
         directions, radii = jax.random.split(key)
-        q = jax.vmap(_rotation)(jax.random.normal(directions, (blocks, d, d), dtype))
+        # One random rotation for all blocks: fixed rotations of a uniform one are uniform, and no nearer to each other.
+        q = jnp.asarray(_apart(blocks, d), dtype) @ _rotation(jax.random.normal(directions, (d, d), dtype))
         radius = jnp.linalg.norm(jax.random.normal(radii, (blocks, d), dtype), axis=-1)
         half = (q * radius[:, None, None]).reshape(-1, d)
         return jnp.concatenate([half, -half])
@@ -95,6 +96,12 @@ class Orthogonal(Antithetic):
     def radial_error(self, trace: Array, d: int) -> Array:
         """½ tr M · sd(χ²_d)/d, over the blocks: pairs of one block cannot show it."""
         return jnp.abs(trace) / math.sqrt(2 * d * (self.count(d) // (2 * d)))
+
+
+def _apart(blocks: int, d: int) -> np.ndarray:
+    """Rotations that never change, the first the identity."""
+    rng = np.random.default_rng(0)
+    return np.stack([np.eye(d)] + [np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(blocks - 1)])
 
 
 def _rotation(normal: Array) -> Array:
