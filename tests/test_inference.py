@@ -365,11 +365,20 @@ def test_a_log_density_without_a_number_is_not_finite(value, dtype):
     assert int(result.steps) < 200
 
 
+def test_the_effective_sample_size_is_that_of_the_density_ratio(float64):
+    """Mean field on N(0, Λ⁻¹), |Λ| = 1 − ρ² and diagonal 1: 1/E_q[(p/q)²] = √(1 − 4ρ²)/(1 − ρ²)."""
+    rho = 0.3
+    log_density = lambda x: -0.5 * (x[0] ** 2 + x[1] ** 2 - 2 * rho * x[0] * x[1])
+    result = ng.fit(log_density, mean_field(2), jax.random.key(0), tol=1e-4, final_draws=40_000)
+    np.testing.assert_allclose(result.relative_ess, np.sqrt(1 - 4 * rho**2) / (1 - rho**2), atol=0.01)
+    assert f"effective sample size {float(result.relative_ess):.0%}" in str(result)
+
+
 def test_too_few_steps_are_reported(dtype):
     problem = ng.problems.eight_schools()
     result = ng.fit(problem.log_density, full_rank(10), jax.random.key(0), max_steps=9)
     assert int(result.status) == Status.STEP_LIMIT and int(result.steps) == 9
-    assert "step_limit after 3 steps" in str(result) and not bool(result.converged)
+    assert "step_limit after 9 steps" in str(result) and not bool(result.converged)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -319,7 +319,7 @@ def _run(plan: _Plan, key: Array, data: PyTree, init: PyTree, tol: Array) -> Fit
         key, data, _, tol = args
         geometry = _geometry(plan, in_frame, data, key)
         params = shown(descent.mean_iterate(geometry, state))
-        elbo, error, khat = _judged(plan, data, params, jax.random.fold_in(key, plan.max_steps))
+        elbo, error, khat, ess = _judged(plan, data, params, jax.random.fold_in(key, plan.max_steps))
         status = _status(geometry, state, tol, jnp.isfinite(elbo))
         per_step, at_start = _products(plan, in_frame)
         n = _evaluations(plan)
@@ -331,6 +331,7 @@ def _run(plan: _Plan, key: Array, data: PyTree, init: PyTree, tol: Array) -> Fit
             status=status,
             natural_norm=descent.natural_norm(state),
             khat=jnp.where(status >= Status.NON_FINITE, jnp.inf, khat),  # of a q that means nothing
+            relative_ess=ess,
             steps=state.count,
             rejected=state.rejected,
             skipped=state.skipped,
@@ -376,6 +377,7 @@ def _minimise(
             status=_status(at, state, args[2], jnp.isfinite(state.value)),
             natural_norm=descent.natural_norm(state),
             khat=jnp.full_like(state.value, jnp.nan),
+            relative_ess=jnp.full_like(state.value, jnp.nan),
             steps=state.count,
             rejected=state.rejected,
             skipped=state.skipped,
@@ -439,15 +441,16 @@ def _with(f: Any, data: PyTree, params: PyTree) -> Array:
     return f(params, data)
 
 
-def _judged(plan: _Plan, data: PyTree, params: PyTree, key: Array) -> tuple[Array, Array, Array]:
-    """ELBO, its standard error and k̂ from fresh draws; the ELBO without error where it is a sum."""
+def _judged(plan: _Plan, data: PyTree, params: PyTree, key: Array) -> tuple[Array, Array, Array, Array]:
+    """ELBO, its standard error, k̂ and relative ESS from fresh draws; the ELBO without error where it is a sum."""
     draws = antithetic(plan.final_draws) if hasattr(plan.family, "push") else independent(plan.final_draws)
     log_weights = _log_weights(plan, _whole(plan, data), params, draws, key)
     khat = diagnostics.psis(log_weights).khat
+    ess = diagnostics.effective_sample_size(log_weights) / len(log_weights)
     if plan.estimator.exact:
         elbo, error, _ = _geometry(plan, False, data, key).evaluate(params, key)
-        return elbo, error, khat
-    return jnp.mean(log_weights), draws.error(log_weights), khat
+        return elbo, error, khat, ess
+    return jnp.mean(log_weights), draws.error(log_weights), khat, ess
 
 
 def _log_weights(plan: _Plan, target: Any, params: PyTree, draws: Draws, key: Array) -> Array:

@@ -33,7 +33,7 @@ class Status(enum.IntEnum):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "params", "elbo", "final_elbo", "final_error", "status", "natural_norm", "khat",
+        "params", "elbo", "final_elbo", "final_error", "status", "natural_norm", "khat", "relative_ess",
         "steps", "rejected", "skipped", "gradients", "hessian_products", "path",
     ],
     meta_fields=["family"],
@@ -51,6 +51,8 @@ class FitResult:
         status: a `Status`, as an integer array.
         natural_norm: gᵀF⁻¹g near the end, nats (twice the estimated gap); may be slightly negative by noise.
         khat: Pareto k̂ of p̃/q at the fresh draws: how far q can be trusted, see `reading`. NaN from `minimise`.
+        relative_ess: effective sample size of the weights p̃/q at those draws, as a part of their number. Near 1 q is p
+            nearly everywhere, and k̂ is the shape of next to nothing: it may be large by chance. NaN from `minimise`.
         steps: evaluations of the gradient estimate.
         rejected: steps taken back because the ELBO fell.
         skipped: evaluations that were not finite, and led to no step.
@@ -67,6 +69,7 @@ class FitResult:
     status: Array
     natural_norm: Array
     khat: Array
+    relative_ess: Array
     steps: Array
     rejected: Array
     skipped: Array
@@ -125,6 +128,7 @@ class FitResult:
             f"{Status(int(self.status)).name.lower()} after {int(self.steps)} steps, {int(self.gradients)} gradients: "
             f"ELBO {float(self.final_elbo):.3f} ± {float(self.final_error):.3f} nats"
             + ("" if jnp.isnan(self.khat) else f", k̂ {float(self.khat):.2f} ({diagnostics.reading(self.khat)})")
+            + ("" if jnp.isnan(self.khat) else f", effective sample size {float(self.relative_ess):.0%}")
             + (f", {int(self.skipped)} evaluations not finite" if int(self.skipped) else "")
         )
 
