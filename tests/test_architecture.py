@@ -17,7 +17,8 @@ ALLOWED = {
     "constraints": {"_tree"},
     "operators": {"_tree"},
     "damping": {"_tree", "operators"},
-    "metrics": {"_tree", "operators"},
+    "layers": {"_tree", "operators"},
+    "metrics": {"_tree", "operators", "layers"},
     "solvers": {"_tree", "operators", "damping"},
     "families": {"_tree", "operators"},
     "transforms": {"_tree", "operators", "damping", "metrics", "solvers", "families"},
@@ -31,11 +32,11 @@ HELPERS = {
     "metrics.check_log_prob", "metrics.check_weights", "metrics.losses.second",
     "damping.as_rule", "damping.at", "damping.checked", "damping.known_scale", "damping.root_mean_square",
     "damping.squares", "operators.is_operator", "solvers.factor", "solvers.implicit",
-    "solvers.check_solver", "solvers.damped_product",
+    "solvers.check_solver", "solvers.damped_product", "layers.rows", "layers.Plan", "layers.BoundRuleError",
 }  # fmt: skip
 PUBLIC = [
-    "adapters", "constraints", "damping", "families", "inference", "metrics", "metrics.losses", "operators", "problems",
-    "solvers", "transforms",
+    "adapters", "constraints", "damping", "families", "inference", "layers", "metrics", "metrics.losses", "operators",
+    "problems", "solvers", "transforms",
 ]  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def test_the_promised_names_exist():
     promised = """fisher_matrix natural_gradient scale_by_metric fit metrics.scales metrics.fisher
         metrics.monte_carlo_fisher metrics.empirical_fisher metrics.gauss_newton metrics.least_squares metrics.pullback
         metrics.quantum_geometric metrics.wasserstein_1d metrics.energy metrics.hessian metrics.relative
-        metrics.quasi_diagonal metrics.fisher_information metrics.losses.softmax_cross_entropy check_fisher report
+        metrics.quasi_diagonal metrics.fisher_information layers.capture metrics.fisher_diagonal
+        metrics.check_rows operators.Outer metrics.losses.softmax_cross_entropy check_fisher report
         operators.Diagonal operators.Dense operators.Gram operators.Implicit operators.Kronecker operators.Blocks
         operators.LowRank operators.Closed operators.add operators.scale
         solvers.cholesky solvers.eigh solvers.qr solvers.row_space solvers.cg solvers.diagonal solvers.kronecker

@@ -5,7 +5,7 @@
     pullback, hessian                                your own: the length of f(θ), the curvature of a potential
     quantum_geometric, wasserstein_1d                wave functions, distributions whose support moves
     energy, sobolev                                  fields u_θ(x)
-    scales, relative, quasi_diagonal                 by formula
+    scales, relative, quasi_diagonal, fisher_diagonal    by formula, and parts of other metrics
     one_pass, score_function, variational_energy     value and gradient of an objective together with its metric
 
 Nearly all are pullbacks G = JᵀHJ, kept as rows H^½J (a `Gram`); `chunk_size` makes the matrix in bounded memory, and
@@ -14,8 +14,8 @@ optimizer is given exactly those. For the matrix alone, `metric(params, **data).
 """
 
 from natgrad_jax.metrics import losses
-from natgrad_jax.metrics.checks import FisherReport, check_fisher
-from natgrad_jax.metrics.closed import hessian, quasi_diagonal, relative, scales
+from natgrad_jax.metrics.checks import FisherReport, check_fisher, check_rows
+from natgrad_jax.metrics.closed import fisher_diagonal, hessian, quasi_diagonal, relative, scales
 from natgrad_jax.metrics.fields import energy, quantum_geometric, sobolev, wasserstein_1d
 from natgrad_jax.metrics.fisher import (
     LogProb,
@@ -36,10 +36,12 @@ __all__ = [
     "Metric",
     "check_fisher",
     "check_log_prob",
+    "check_rows",
     "check_weights",
     "empirical_fisher",
     "energy",
     "fisher",
+    "fisher_diagonal",
     "fisher_information",
     "fisher_matrix",
     "gauss_newton",

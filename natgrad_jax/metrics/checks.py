@@ -11,7 +11,7 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, leading_axis
 from natgrad_jax.metrics.fisher import LogProb, log_weights
-from natgrad_jax.metrics.shared import check_log_prob
+from natgrad_jax.metrics.shared import OneExample, check_log_prob
 
 
 class FisherReport(NamedTuple):
@@ -115,6 +115,39 @@ def check_fisher(
     total = float(found["total"])
     failures = list(_failures(matrices, differences, mean_score, total, moved, limit))
     return FisherReport(not failures, failures, matrices, differences, mean_score, total, moved, limit)
+
+
+def check_rows(f: Callable[[PyTree, PyTree], PyTree], params: PyTree, batch: PyTree) -> float:
+    """How far f(params, batch) is from what f gives for each example by itself, which is what the metrics use.
+
+    0 to rounding for a model that treats examples alike; batch normalisation, in-batch negatives and the like mix them,
+    and a metric built from their rows is that of another model: use their evaluation mode.
+
+    Args:
+        f: f(params, batch) -> outputs on the leading axis, or a pytree of such.
+        params: where.
+        batch: n ≥ 2 examples.
+
+    Returns:
+        The largest |f(params, batch)_i − f(params, batch[i:i+1])_0| over the largest |f|.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> centred = lambda w, x: w * (x - jnp.mean(x))
+        >>> float(ng.metrics.check_rows(centred, jnp.array(2.0), jnp.array([1.0, 3.0])))
+        1.0
+    """
+    n, one = leading_axis(batch, "batch"), OneExample(f, "f")
+    if n < 2:
+        raise ValueError("batch: expected at least two examples, got one; by itself nothing can be mixed")
+    together, alone = f(params, batch), jax.vmap(lambda x: one(params, x))(batch)
+    shapes = [jax.tree.map(jnp.shape, x) for x in (together, alone)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"f: expected outputs {shapes[1]}, one for each example, got {shapes[0]} for the whole batch")
+    gap = _tree.largest(jax.tree.map(jnp.subtract, together, alone))
+    size = _tree.largest(together)
+    return float(gap / jnp.where(size > 0, size, 1))
 
 
 def _log_q(

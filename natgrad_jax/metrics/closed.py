@@ -205,6 +205,51 @@ def quasi_diagonal(metric: Metric, biases: Callable[[PyTree], list[tuple[Array, 
     return with_data_of(metric, quasi_diagonal)
 
 
+def fisher_diagonal(metric: Metric) -> Metric:
+    """The true diagonal of a metric: for Fisher information the mean of *squared per-example* scores.
+
+        d_i = Σ_x w(x) s_i(x)²,    with the weights, mean or sum, of the metric
+
+    Not the square of a mean gradient, which optimizers that keep second moments call by this name and which for a batch
+    of n is too small by up to n. Where the metric has layer rows a dense weight costs (a²)ᵀ(δ²): no gradient of an
+    example is made.
+
+    Args:
+        metric: one that shows its diagonal: `fisher` (exact over a finite set of labels), `monte_carlo_fisher`,
+            `empirical_fisher`, `gauss_newton`, `least_squares` …; its data are passed through.
+
+    Returns:
+        metric(params, **data) -> `Diagonal`, whose `entries` are shaped like params.
+
+    Raises:
+        TypeError: a metric that shows no diagonal (matrix_free).
+
+    Cost: with layer rows and one row an example about one weight-gradient pass beside the gradient. Memory n times the
+    widths of the layers, and n times the number of biases.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import natgrad_jax as ng
+        >>> log_prob = lambda mean, x: -0.5 * (x - mean) ** 2
+        >>> metric = ng.metrics.fisher_diagonal(ng.metrics.empirical_fisher(log_prob))
+        >>> round(float(metric(jnp.array(0.0), batch=jnp.array([1.0, 3.0])).entries), 4)  # the mean of 1 and 9
+        5.0
+
+    Reference: Kunstner, Balles, Hennig, "Limitations of the empirical Fisher approximation" (2019), for which is which.
+    """
+    check_callable(metric, "metric", "metric(params, **data)")
+
+    def fisher_diagonal(params: PyTree, **data: PyTree) -> Diagonal:
+        operator = metric(params, **data)
+        if not operator.shows_diagonal:
+            raise TypeError(
+                f"metric: expected one that shows its diagonal, got {type(operator).__name__}; leave matrix_free out"
+            )
+        return Diagonal(operator.diagonal())
+
+    return with_data_of(metric, fisher_diagonal)
+
+
 def _owners(biases: Callable[[PyTree], list[tuple[Array, Array]]], space: Space) -> np.ndarray:
     """For every entry of a flat vector the place of its unit's bias; its own place where there is none."""
     owner = np.arange(space.size)

@@ -36,6 +36,7 @@ def quantum_geometric(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Quantum geometric tensor of an unnormalised wave function ψ_θ, as in stochastic reconfiguration.
 
@@ -54,6 +55,7 @@ def quantum_geometric(
         jac: "auto", "rev" or "fwd".
         chunk_size: samples at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, samples, weights=None) -> operator. `samples` are drawn from |ψ|², a mean over them; or they
@@ -79,7 +81,7 @@ def quantum_geometric(
     Monte Carlo with stochastic reconfiguration" (1998).
     """
     check_callable(log_psi, "log_psi", "log_psi(params, x)")
-    form = Form.of(jac, chunk_size, matrix_free)
+    form = Form.of(jac, chunk_size, matrix_free, rows)
 
     def quantum_geometric(params: PyTree, *, samples: PyTree, weights: Array | None = None) -> Operator:
         n, space = leading_axis(samples, "samples"), Space.of(params)
@@ -275,6 +277,7 @@ def energy(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Energy norm of what θ does to the fields of a model: G = ∫ Σ_m c_m ∂f_m(x) ∂f_m(x)ᵀ dx, by quadrature.
 
@@ -288,6 +291,7 @@ def energy(
         jac: "auto", "rev" or "fwd".
         chunk_size: points at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, points, quadrature=None) -> operator. `quadrature` holds the weights ≥ 0 of the n points, 1/n
@@ -305,7 +309,7 @@ def energy(
 
     Reference: Müller, Zeinhofer, "Achieving high accuracy with PINNs via energy natural gradients" (2023), section 3.
     """
-    form = Form.of(jac, chunk_size, matrix_free)
+    form = Form.of(jac, chunk_size, matrix_free, rows)
     for leaf in jax.tree.leaves(weights):
         check_weights(leaf, (jnp.shape(leaf),), "weights")
     terms, treedef = jax.tree.flatten(fields, is_leaf=callable)
@@ -349,6 +353,7 @@ def sobolev(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Sobolev metric of a field u_θ(x): G = Σ_m c_m ∫ ‖∂_θ ∇ᵐu‖² dx, the length of a change of u in H^m.
 
@@ -361,6 +366,7 @@ def sobolev(
         jac: "auto", "rev" or "fwd".
         chunk_size: points at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, points, quadrature=None) -> operator, as for `energy`.
@@ -384,7 +390,7 @@ def sobolev(
     orders = tuple(m for m, c in enumerate(weights) if not surely(c, lambda x: x == 0))
     chosen = tuple(weights[m] for m in orders)
     fields = _Derivatives(field, orders)
-    return energy(fields, chosen, jac=jac, chunk_size=chunk_size, matrix_free=matrix_free)
+    return energy(fields, chosen, jac=jac, chunk_size=chunk_size, matrix_free=matrix_free, rows=rows)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def fisher(
     normalized: bool = True,
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Exact Fisher information, F = Σ_x w(x) q(x) s(x) s(x)ᵀ with s = ∂log q/∂θ, as a metric.
 
@@ -53,6 +54,7 @@ def fisher(
         chunk_size: points (with `inputs`: of the batch) at a time: a `Dense`, memory p² + chunk_size·p. A `Gram` of n
             rows, memory n·p, when left out.
         matrix_free: an `Implicit` that is known by its products, for `cg`: neither rows nor a matrix.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params) or metric(params, *, batch) -> operator. A q that does not sum to one raises outside `jit`, and
@@ -67,7 +69,7 @@ def fisher(
         [0.25, -0.25]
     """
     check_callable(log_prob, "log_prob", "log_prob(params, x)")
-    form = Form.of(jac, chunk_size, matrix_free)
+    form = Form.of(jac, chunk_size, matrix_free, rows)
     log_w = log_weights(weights, support)
 
     def fisher(params: PyTree) -> Gram | Dense | Implicit:
@@ -183,6 +185,7 @@ def monte_carlo_fisher(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Fisher information from draws of the model's own distribution, F ≈ mean of s(x) s(x)ᵀ over x ~ q_θ.
 
@@ -202,6 +205,7 @@ def monte_carlo_fisher(
         jac: "auto", "rev" or "fwd", as in `fisher_matrix`.
         chunk_size: draws (with `inputs`: inputs) at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, key) or metric(params, *, key, batch) -> operator; a mean over draws and inputs, nats.
@@ -221,7 +225,7 @@ def monte_carlo_fisher(
     """
     check_callable(log_prob, "log_prob", "log_prob(params, x)")
     check_callable(sample, "sample", "sample(params, key) that draws one x")
-    form, least = Form.of(jac, chunk_size, matrix_free), 1 + centred
+    form, least = Form.of(jac, chunk_size, matrix_free, rows), 1 + centred
     if not isinstance(num_samples, int | np.integer) or num_samples < least:
         raise ValueError(f"num_samples: expected an integer ≥ {least}, got {num_samples!r}")
 
@@ -245,7 +249,12 @@ def monte_carlo_fisher(
 
 
 def empirical_fisher(
-    log_prob: LogProb, *, jac: str = "auto", chunk_size: int | None = None, matrix_free: bool = False
+    log_prob: LogProb,
+    *,
+    jac: str = "auto",
+    chunk_size: int | None = None,
+    matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """The mean of s(x) s(x)ᵀ over the data: the covariance of the scores, about zero, *not* under the model.
 
@@ -259,6 +268,7 @@ def empirical_fisher(
         jac: "auto", "rev" or "fwd", as in `fisher_matrix`.
         chunk_size: examples at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, batch) -> operator, a mean over the n examples. Its residual is that of the loss
@@ -277,7 +287,7 @@ def empirical_fisher(
     Reference: Kunstner, Balles, Hennig (2019), section 3.
     """
     check_callable(log_prob, "log_prob", "log_prob(params, x)")
-    form = Form.of(jac, chunk_size, matrix_free)
+    form = Form.of(jac, chunk_size, matrix_free, rows)
 
     def empirical_fisher(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:
         n = leading_axis(batch, "batch")

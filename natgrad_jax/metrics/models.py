@@ -43,6 +43,7 @@ def gauss_newton(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Generalised Gauss–Newton, G = Σ_i J_iᵀ H_i J_i: J of the model's outputs, H the Hessian of a convex loss in them.
 
@@ -59,6 +60,7 @@ def gauss_newton(
         chunk_size: examples at a time: a `Dense` in place of n·k rows.
         matrix_free: an `Implicit`, for `cg`; the Hessian of any loss is then used as it is, also one that mixes the
             examples.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, batch) -> operator. With a loss of `metrics.losses` it carries the residual of the gradient.
@@ -88,7 +90,7 @@ def gauss_newton(
     check_callable(loss, "loss", "loss(outputs, batch), such as losses.squares()")
     if getattr(loss, "__module__", None) == Loss.__module__ and not isinstance(loss, Loss):
         raise TypeError(f"loss: expected a loss, got what makes one; call it, losses.{loss.__name__}()")
-    form, one = Form.of(jac, chunk_size, matrix_free), OneExample(model, "model")
+    form, one = Form.of(jac, chunk_size, matrix_free, rows), OneExample(model, "model")
 
     def gauss_newton(params: PyTree, *, batch: PyTree) -> Gram | Dense | Implicit:
         n = leading_axis(batch, "batch")
@@ -221,6 +223,7 @@ def least_squares(
     jac: str = "auto",
     chunk_size: int | None = None,
     matrix_free: bool = False,
+    rows: str = "auto",
 ) -> Metric:
     """Gauss–Newton of L = Σ_t ½ c_t ‖r_t(θ)‖²: rows √c ∂r/∂θ, and with them the residual √c r of ∇L.
 
@@ -233,6 +236,7 @@ def least_squares(
         jac: "auto", "rev" or "fwd".
         chunk_size: examples at a time: a `Dense`, without the residual, in place of the rows.
         matrix_free: products alone, for `cg`.
+        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
 
     Returns:
         metric(params, *, batch, weights=None) -> operator, a sum over examples (weights=1/n for a mean). `batch` has
@@ -253,7 +257,7 @@ def least_squares(
 
     Reference: Nocedal, Wright, "Numerical optimization" (2006), section 10.3.
     """
-    form = Form.of(jac, chunk_size, matrix_free)
+    form = Form.of(jac, chunk_size, matrix_free, rows)
     terms, treedef = jax.tree.flatten(residuals, is_leaf=callable)
     if not terms or not all(map(callable, terms)):
         raise ValueError(f"residuals: expected residuals(params, batch) or a list or dict of such, got {residuals!r}")

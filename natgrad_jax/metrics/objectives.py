@@ -165,7 +165,7 @@ def variational_energy(
             # Rows of the real and of the imaginary part of log ψ, sample by sample.
             pair = parts.n == 2 * n
             e = jnp.stack([jnp.real(e), jnp.imag(e)], axis=1).reshape(-1) if pair else jnp.real(e)
-        gram = Gram(parts.rows, residual=e.astype(_tree.Space.of(parts.rows).dtype) if parts.n else None)
+        gram = Gram(parts.rows, residual=e.astype(parts.space.dtype) if parts.n else None)
         if isinstance(operator, RealParts):
             whole = RealParts(gram, operator.space)
             return Evaluation(value, _tree.complex_of(gram.transposed_times(e), operator.space), whole)

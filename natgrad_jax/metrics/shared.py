@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_jax import _tree
+from natgrad_jax import _tree, layers
 from natgrad_jax._tree import PyTree, Space, chunked_sum, concrete, is_complex, leading_axis
 from natgrad_jax.operators import Dense, Gram, Implicit
 
@@ -23,20 +23,27 @@ FORWARD_UP_TO = 1
 
 
 class Form(NamedTuple):
-    """How a Jacobian becomes an operator: the mode of differentiation, examples at a time, products alone."""
+    """How a Jacobian becomes an operator: mode of differentiation, examples at a time, products alone, layer rows."""
 
     jac: str
     chunk_size: int | None
     matrix_free: bool
+    rows: str = "auto"
 
     @classmethod
-    def of(cls, jac: str = "auto", chunk_size: int | None = None, matrix_free: bool = False) -> "Form":
+    def of(
+        cls, jac: str = "auto", chunk_size: int | None = None, matrix_free: bool = False, rows: str = "auto"
+    ) -> "Form":
         """The options, checked."""
+        if rows not in ("auto", "layers", "plain"):
+            raise ValueError(f"rows: expected 'auto', 'layers' or 'plain', got {rows!r}")
+        if rows == "layers" and (chunk_size is not None or matrix_free or jac != "auto"):
+            raise ValueError("rows: 'layers' are rows, by reverse mode; leave out chunk_size, matrix_free and jac")
         if jac not in ("auto", "fwd", "rev"):
             raise ValueError(f"jac: expected 'auto', 'fwd' or 'rev', got {jac!r}")
         if chunk_size is not None and not (isinstance(chunk_size, int | np.integer) and chunk_size >= 1):
             raise ValueError(f"chunk_size: expected a positive number of points or None, got {chunk_size!r}")
-        return cls(jac, chunk_size, matrix_free)
+        return cls(jac, chunk_size, matrix_free, rows)
 
 
 def pulled_back(
@@ -70,12 +77,34 @@ def pulled_back(
             raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
         return Implicit(_Outputs(f, centre), params, (points, roots), chunk_size=form.chunk_size)
     theta = _tree.raised(params)
+    plan = _layers(f, theta, points, form, centre)
+    if plan is not None:
+        rows = layers.rows(plan, theta, points, roots, centred=centre == 0, always=form.rows == "layers")
+        return Gram(rows, residual)
     common = _common(f, theta, points, roots, form) if centre == 0 else None
-    rows = lambda data: _rows(f, theta, data, form.jac, centre, common)  # noqa: E731
+    plain = lambda data: _rows(f, theta, data, form.jac, centre, common)  # noqa: E731
     if form.chunk_size is None:
-        return Gram(rows((points, roots)), residual if jax.tree.leaves(theta) else None)
-    gram = lambda data: Gram(rows(data)).dense()  # noqa: E731
+        return Gram(plain((points, roots)), residual if jax.tree.leaves(theta) else None)
+    gram = lambda data: Gram(plain(data)).dense()  # noqa: E731
     return Dense(chunked_sum(gram, (points, roots), min(form.chunk_size, n)), Space.of(params))
+
+
+def _layers(f: OfOne, theta: PyTree, points: PyTree, form: Form, centre: int | None) -> layers.Plan | None:
+    """The walk over f, where rows in factors are asked for or, by their shapes, smaller; else None."""
+    real = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(theta))
+    if form.rows == "plain" or form.jac != "auto" or form.chunk_size is not None or centre == 1 or not real:
+        return None
+    n, p = leading_axis(points, "points"), sum(x.size for x in jax.tree.leaves(theta))
+    out = jax.eval_shape(lambda theta, x: flat(f(theta, x)), theta, one_of(points))
+    if not jnp.issubdtype(out.dtype, jnp.floating) or p == 0 or (form.rows == "auto" and n * out.size >= p):
+        return None
+    try:
+        plan = layers.Plan.of(f, theta, one_of(points))
+    except layers.BoundRuleError:
+        if form.rows == "layers":
+            raise
+        return None
+    return plan if form.rows == "layers" or plan.followed() else None
 
 
 Common = tuple[PyTree, PyTree]

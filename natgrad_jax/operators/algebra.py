@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, surely
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
+from natgrad_jax.operators.outer import explicit, is_outer
 from natgrad_jax.operators.products import Closed, RealParts, Sum
 from natgrad_jax.operators.shared import Operator, Product
 from natgrad_jax.operators.structured import Blocks, Kronecker
@@ -43,7 +44,7 @@ def _plus(one: Operator, other: Operator) -> Operator:
                 return Gram(_joined(one.rows, other.rows))
             return Gram(_joined(one.rows, other.rows), jnp.concatenate([one.residual, other.residual]))
         case Diagonal(), Gram():
-            return LowRank(one.entries, other.rows)
+            return LowRank(one.entries, explicit(other.rows))
         case Diagonal(), LowRank():
             return LowRank(jax.tree.map(jnp.add, one.entries, other.base), other.rows)
         case Gram(), LowRank():
@@ -81,7 +82,8 @@ def scale(c: float | Array, operator: Operator) -> Operator:
             return Dense(c * operator.matrix, operator.space)
         case Gram():
             residual = None if operator.residual is None else operator.residual / root
-            return Gram(_times(root, operator.rows), residual)
+            times = lambda x: x.scaled(root) if is_outer(x) else _times(root, x)  # noqa: E731
+            return Gram(jax.tree.map(times, operator.rows, is_leaf=is_outer), residual)
         case LowRank():
             return LowRank(_times(c, operator.base), _times(root, operator.rows))
         case Kronecker():
@@ -99,7 +101,7 @@ def scale(c: float | Array, operator: Operator) -> Operator:
 
 
 def _joined(one: PyTree, other: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), one, other)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), explicit(one), explicit(other))
 
 
 def _times(c: float | Array, tree: PyTree) -> PyTree:

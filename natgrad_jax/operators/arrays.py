@@ -13,6 +13,7 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, accumulator, leading_axis, real_dtype
 from natgrad_jax.operators import shared
+from natgrad_jax.operators.outer import explicit, is_outer
 from natgrad_jax.operators.shared import Product
 
 # A is copied, in the precision and the units of the arithmetic, so many numbers at a time: they stay in the cache. But
@@ -115,7 +116,8 @@ class Gram:
     """G = AᴴA kept as its rows A, ‖Av‖² = vᴴGv. Products cost O(np), the matrix O(np²).
 
     Args:
-        rows: pytree shaped like the parameters with one more, leading, axis of n rows; or one array (n, p).
+        rows: pytree shaped like the parameters with one more, leading, axis of n rows; or one array (n, p). In
+            the place of a leaf there may be its rows as outer products, `Outer`, as `layers.capture` finds them.
         residual: e, shape (n,), with g = Aᴴe for the gradient that is to be solved for, or None. A solver that works
             on rows then need not recover e from g; it checks that the two still belong together.
 
@@ -186,16 +188,15 @@ class Gram:
     @property
     def space(self) -> Space:
         """The space of the vectors that G acts on."""
-        return Space.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.rows))
+        return Space.of(_each(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.rows))
 
     @property
     def n(self) -> int:
         """The number of rows; 0 for a tree without leaves."""
-        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(self.rows)}
+        shapes = [np.shape(x) for x in jax.tree.leaves(self.rows, is_leaf=is_outer)]
+        lengths = {shape[:1] for shape in shapes}
         if len(lengths) > 1 or () in lengths:
-            raise ValueError(
-                f"rows: expected n rows on the leading axis of every leaf, got {jax.tree.map(jnp.shape, self.rows)}"
-            )
+            raise ValueError(f"rows: expected n rows on the leading axis of every leaf, got {shapes}")
         n = next(iter(lengths))[0] if lengths else 0
         if self.residual is not None and jnp.shape(self.residual) != (n,):
             raise ValueError(
@@ -205,16 +206,16 @@ class Gram:
 
     def matrix(self) -> Array:
         """A as one (n, p) array, p in `ravel_pytree` order; a copy unless there is one leaf."""
-        return _joined(self.rows, self.space.dtype)
+        return _joined(explicit(self.rows), self.space.dtype)
 
     def times(self, v: PyTree) -> Array:
         """Av, shape (n,)."""
-        parts = jax.tree.map(lambda x, y: jnp.tensordot(x, y, jnp.ndim(y)), self.rows, v)
+        parts = _each(lambda x, y: x.times(y) if is_outer(x) else jnp.tensordot(x, y, jnp.ndim(y)), self.rows, v)
         return sum(jax.tree.leaves(parts), start=jnp.zeros(self.n, self.space.dtype))
 
     def transposed_times(self, u: Array) -> PyTree:
         """Aᴴu, shaped like the parameters."""
-        return jax.tree.map(lambda x: jnp.tensordot(u, jnp.conj(x), 1), self.rows)
+        return _each(lambda x: x.transposed_times(u) if is_outer(x) else jnp.tensordot(u, jnp.conj(x), 1), self.rows)
 
     def product(self) -> Product:
         """v ↦ Gv = Aᴴ(Av)."""
@@ -237,16 +238,25 @@ class Gram:
 
         if not self.n:
             return contracted(self.rows)
-        return _tree.chunked_sum(contracted, self.rows, _chunk(self.space.size))
+        return _tree.chunked_sum(contracted, explicit(self.rows), _chunk(self.space.size))
 
     def kernel(self, inverse: Array) -> Array:
-        """K = BBᴴ, (n, n), for B = A diag(inverse); memory n² and a copy of a chunk of the columns."""
+        """K = BBᴴ, (n, n), for B = A diag(inverse); memory n² and a copy of a chunk of the columns.
+
+        `inverse` is (p,), or one number, with which rows that are outer products are not made.
+        """
         n, size, dtype = self.n, _chunk(self.n), self.space.dtype
         total = jnp.zeros((n, n), dtype)
-        for x, factor in zip(jax.tree.leaves(self.rows), jax.tree.leaves(self.space.unravel(inverse)), strict=True):
-            if not x.size:
+        rows = jax.tree.leaves(self.rows, is_leaf=is_outer)
+        factors = jax.tree.leaves(self.space.unravel(inverse)) if jnp.ndim(inverse) else [inverse] * len(rows)
+        for x, factor in zip(rows, factors, strict=True):
+            if not math.prod(x.shape):
                 continue
-            columns, factor = jnp.reshape(x, (n, -1)), jnp.ravel(factor)
+            if is_outer(x):
+                total = total + x.kernel(factor)
+                continue
+            columns = jnp.reshape(x, (n, -1))
+            factor = jnp.broadcast_to(jnp.ravel(factor), columns.shape[1:])
 
             def part(start: Array | int, size: int, columns: Array = columns, factor: Array = factor) -> Array:
                 taken = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1).astype(dtype)
@@ -259,16 +269,18 @@ class Gram:
 
     def scale(self) -> Array:
         """√G_ii, the lengths of the columns of A, as a flat vector; safe for rows of any size."""
-        return self.space.ravel(jax.tree.map(_lengths, _tree.raised(self.rows))).real
+        length = lambda x: x.lengths() if is_outer(x) else _lengths(_tree.raised(x))  # noqa: E731
+        return self.space.ravel(_each(length, self.rows)).real
 
     def balanced(self) -> tuple[Array, Array]:
         """`frame` (p,) and M (p, p), G = diag(frame) M diag(frame): rows of 1e-30 are legal, their squares are not."""
-        largest = self.space.ravel(jax.tree.map(_largest, _tree.raised(self.rows))).real
+        largest = self.space.ravel(jax.tree.map(_largest, _tree.raised(explicit(self.rows)))).real
         return largest, self._contracted(_inverse(largest))
 
     def diagonal(self) -> PyTree:
         """The entries G_ii, shaped like the parameters."""
-        return jax.tree.map(lambda x: jnp.sum(jnp.square(jnp.abs(x)), axis=0), _tree.raised(self.rows))
+        squares = lambda x: jnp.sum(jnp.square(jnp.abs(_tree.raised(x))), axis=0)  # noqa: E731
+        return _each(lambda x: x.squares() if is_outer(x) else squares(x), self.rows)
 
     def inner(self, u: PyTree, v: PyTree) -> Array:
         """Re uᴴGv = Re (Au)·(Av)."""
@@ -353,6 +365,11 @@ def _square(matrix: Array) -> tuple[int, ...]:
     if jnp.ndim(matrix) != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix: expected a square matrix (p, p), got shape {jnp.shape(matrix)}")
     return matrix.shape
+
+
+def _each(f: Any, rows: PyTree, *rest: PyTree) -> PyTree:
+    """f of the rows of every leaf, arrays or `Outer`."""
+    return jax.tree.map(f, rows, *rest, is_leaf=is_outer)
 
 
 def _chunk(width: int) -> int:

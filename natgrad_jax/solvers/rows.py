@@ -94,7 +94,9 @@ class RowSpace:
             )
         rule = least(operator.space.size, operator.space.dtype) if rule is None else rule
         rows = RowsInFrame(operator, Frame.of(operator, rule))
-        kernel = operator.kernel(rows.inverse)
+        # In units that are all the same, rows that are outer products are never made.
+        uniform = isinstance(rule, damping_rules.Absolute | damping_rules.Trace) and operator.space.size > 0
+        kernel = operator.kernel(rows.inverse[0] if uniform else rows.inverse)
         return RowSpaceFactored(rows, kernel, _shifted_lower(kernel, rows.frame.damping(None)))
 
     def apply(

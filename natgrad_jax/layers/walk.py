@@ -1,0 +1,318 @@
+"""One walk over a jaxpr, which finds the products that a parameter leaf enters.
+
+A leaf is followed through reshapes, transposes and casts, into jit, remat and scan. Where it enters a `dot_general` or
+a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other operand: the
+derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use of a leaf is
+named, and the leaf is then differentiated as a whole: slower, never wrong.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from natgrad_jax.operators.outer import Layout, Step
+
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A variable that is a view of a leaf: an array of this shape, after `steps`.
+
+    `scans` has an entry for every scan that the walk is in: whether it runs over the view, an axis of which is then
+    in front of those that are seen, or closes over it.
+    """
+
+    leaf: int
+    steps: tuple[Step, ...]
+    shape: tuple[int, ...]
+    scans: tuple[bool, ...] = ()
+
+    @property
+    def lead(self) -> int:
+        """How many axes are not seen."""
+        return sum(self.scans)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The shape of the variable."""
+        return self.shape[self.lead :]
+
+    def reshaped(self, shape: Sequence[int]) -> "Mark":
+        """The same numbers in another shape."""
+        full = (*self.shape[: self.lead], *shape)
+        return replace(self, steps=(*self.steps, ("reshape", full)), shape=full)
+
+    def transposed(self, permutation: Sequence[int]) -> "Mark":
+        """The same numbers with their axes in another order."""
+        full = (*range(self.lead), *(self.lead + i for i in permutation))
+        return replace(self, steps=(*self.steps, ("transpose", full)), shape=tuple(self.shape[i] for i in full))
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product that a leaf enters, as G matrices (I, O), at T positions.
+
+    `activation` is what the other operand gives, (G, T, I); `sensitivity` brings the derivative with respect to the
+    output of the product to (G, T, O).
+    """
+
+    leaf: int
+    layout: Layout
+    scans: tuple[bool, ...]
+    where: str
+    activation: Callable[[Array], Array]
+    sensitivity: Callable[[Array], Array]
+
+
+@dataclass
+class Tape:
+    """What a walk sees: the uses in order, the leaves that are used otherwise, and the other operands.
+
+    `zeros` are added to the outputs of the uses of the leaves in `followed`, in order; None on a first walk.
+    """
+
+    zeros: Sequence[Array] | None = None
+    followed: frozenset[int] = frozenset()
+    uses: list[Use] = field(default_factory=list)
+    others: list[Array] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def record(self, use: Use, other: Array, out: Array) -> Array:
+        """The output of a product, with the zero of its place."""
+        if self.zeros is not None and use.leaf not in self.followed:
+            return out
+        place = len(self.uses)
+        self.uses.append(use)
+        self.others.append(use.activation(other))
+        self.outputs.append(out)
+        return out if self.zeros is None else out + self.zeros[place]
+
+    def refuse(self, marks: Sequence[Mark | None], reason: str) -> None:
+        """Name the leaves that are used in a way that is not followed."""
+        for mark in marks:
+            if mark is not None:
+                self.refused.setdefault(mark.leaf, reason)
+
+
+Marked = tuple[list[Any], list[Mark | None]]
+
+
+def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequence[Mark | None], tape: Tape) -> Marked:
+    """The outputs of a jaxpr and their marks."""
+    values: dict[Any, Any] = {}
+    marked: dict[Any, Mark] = {}
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else values[v]
+
+    def mark_of(v: Any) -> Mark | None:
+        return None if isinstance(v, Literal) else marked.get(v)
+
+    def write(v: Any, value: Any, mark: Mark | None) -> None:
+        values[v] = value
+        if mark is not None:
+            marked[v] = mark
+
+    for v, value in zip(jaxpr.constvars, consts, strict=True):
+        write(v, value, None)
+    for v, value, mark in zip(jaxpr.invars, args, marks, strict=True):
+        write(v, value, mark)
+    for eqn in jaxpr.eqns:
+        inputs, seen = [read(v) for v in eqn.invars], [mark_of(v) for v in eqn.invars]
+        if any(mark is not None for mark in seen):
+            outs, out_marks = _follow(eqn, inputs, seen, tape)
+        else:
+            outs, out_marks = _bound(eqn, inputs), [None] * len(eqn.outvars)
+        for v, value, mark in zip(eqn.outvars, outs, out_marks, strict=True):
+            write(v, value, mark)
+    return [read(v) for v in jaxpr.outvars], [mark_of(v) for v in jaxpr.outvars]
+
+
+def holds(jaxpr: Jaxpr, names: Sequence[str]) -> bool:
+    """Whether one of these primitives is in it, at any depth."""
+    inner = [
+        x for eqn in jaxpr.eqns for value in eqn.params.values() for x in jax.tree.leaves(value, is_leaf=_is_jaxpr)
+    ]
+    within = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in inner if _is_jaxpr(x)]
+    return any(eqn.primitive.name in names for eqn in jaxpr.eqns) or any(holds(x, names) for x in within)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+def _bound(eqn: Any, inputs: list[Any]) -> list[Any]:
+    """What the equation gives; the rules of custom derivatives stay in force."""
+    given = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = given if isinstance(given, tuple) else ([], given)  # a pair up to jax 0.9
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*functions, *inputs, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+    """One equation that a leaf enters."""
+    name = eqn.primitive.name
+    if name in CALLS:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        body, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+        return run(body, consts, inputs, marks, tape)
+    if name == "scan":
+        return _scan(eqn, inputs, marks, tape)
+    if len(inputs) == 1 and marks[0] is not None:
+        view = _view(eqn, marks[0])
+        if view is not None:
+            return _bound(eqn, inputs), [view]
+    holders = [i for i, mark in enumerate(marks) if mark is not None]
+    find = {"dot_general": _product, "conv_general_dilated": _convolution}.get(name)
+    use = find(eqn, holders[0], marks[holders[0]]) if find and len(holders) == 1 else None  # type: ignore[arg-type]
+    outs = _bound(eqn, inputs)
+    if use is None:
+        tape.refuse(marks, name)
+        return outs, [None] * len(outs)
+    return [tape.record(use, inputs[1 - holders[0]], outs[0])], [None]
+
+
+def _view(eqn: Any, mark: Mark) -> Mark | None:
+    """The mark of the output, if the equation only moves the numbers of its input or casts them."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    if name == "convert_element_type" and jnp.issubdtype(out.dtype, jnp.floating):
+        return mark
+    if name == "transpose":
+        return mark.transposed(eqn.params["permutation"])
+    if name in ("squeeze", "expand_dims") or (name == "reshape" and eqn.params["dimensions"] is None):
+        return mark.reshaped(out.shape)
+    dimensions = eqn.params.get("broadcast_dimensions")
+    if name == "broadcast_in_dim" and math.prod(out.shape) == math.prod(mark.seen) and _ascending(dimensions):
+        return mark.reshaped(out.shape)
+    return mark if name in ("copy", "copy_p") else None
+
+
+def _ascending(dimensions: Any) -> bool:
+    return dimensions is not None and all(a < b for a, b in itertools.pairwise(dimensions))
+
+
+def _others(ndim: int, *taken: Sequence[int]) -> list[int]:
+    return [i for i in range(ndim) if not any(i in axes for axes in taken)]
+
+
+def _product(eqn: Any, side: int, mark: Mark) -> Use | None:
+    """A `dot_general` whose operand `side` is a leaf."""
+    contracting, batch = eqn.params["dimension_numbers"]
+    other = eqn.invars[1 - side].aval
+    if not jnp.issubdtype(other.dtype, jnp.floating):
+        return None
+    free = _others(len(mark.seen), contracting[side], batch[side])
+    theirs = _others(other.ndim, contracting[1 - side], batch[1 - side])
+    size = lambda shape, axes: math.prod(shape[i] for i in axes)  # noqa: E731
+    groups, inside, out = (size(mark.seen, axes) for axes in (batch[side], contracting[side], free))
+    positions = size(other.shape, theirs)
+    order = (*batch[1 - side], *theirs, *contracting[1 - side])
+    view = mark.transposed((*batch[side], *contracting[side], *free))
+    lead = math.prod(mark.shape[: mark.lead])
+    layout = Layout((), (*view.steps, ("reshape", (lead * groups, inside, out))))
+    first, second = (out, positions) if side == 0 else (positions, out)
+
+    def sensitivity(delta: Array) -> Array:
+        delta = delta.reshape(groups, first, second)
+        return jnp.swapaxes(delta, 1, 2) if side == 0 else delta
+
+    activation = lambda x: jnp.transpose(x, order).reshape(groups, positions, inside)  # noqa: E731
+    return Use(mark.leaf, layout, mark.scans, "dot_general", activation, sensitivity)
+
+
+def _convolution(eqn: Any, side: int, mark: Mark) -> Use | None:
+    """A convolution whose kernel is a leaf: the activations are the patches that it is laid on."""
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    image = eqn.invars[0].aval
+    if side != 1 or eqn.params["batch_group_count"] != 1 or not jnp.issubdtype(image.dtype, jnp.floating):
+        return None
+    out_axis, in_axis, *window = numbers.rhs_spec
+    out, channels, spatial = mark.seen[out_axis], mark.seen[in_axis], [mark.seen[i] for i in window]
+    inside = channels * math.prod(spatial)
+    view = mark.transposed((out_axis, in_axis, *window)).reshaped((groups, out // groups, inside)).transposed((0, 2, 1))
+    lead = math.prod(mark.shape[: mark.lead])
+    layout = Layout((), (*view.steps, ("reshape", (lead * groups, inside, out // groups))))
+    options = {k: eqn.params[k] for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
+    positions = math.prod(eqn.outvars[0].aval.shape[i] for i in (numbers.out_spec[0], *numbers.out_spec[2:]))
+
+    def activation(x: Array) -> Array:
+        x = jnp.transpose(x, numbers.lhs_spec)  # (batch, channels, space)
+        # A copy, in the form of a convolution: of full precision whatever that of the model.
+        highest = jax.lax.Precision.HIGHEST
+        patches = jax.lax.conv_general_dilated_patches(x, spatial, **options, precision=highest)
+        patches = jnp.moveaxis(patches, 1, -1)  # (batch, space, channels · window)
+        return jnp.moveaxis(patches.reshape(positions, groups, inside), 1, 0)
+
+    def sensitivity(delta: Array) -> Array:
+        delta = jnp.moveaxis(jnp.transpose(delta, numbers.out_spec), 1, -1)  # (batch, space, out)
+        return jnp.moveaxis(delta.reshape(positions, groups, out // groups), 1, 0)
+
+    return Use(mark.leaf, layout, mark.scans, "conv_general_dilated", activation, sensitivity)
+
+
+def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+    """A loop: leaves that it closes over are used at every step, leaves that it runs over a slice at a time."""
+    closed, params = eqn.params["jaxpr"], eqn.params
+    n, m, length = params["num_consts"], params["num_carry"], params["length"]
+    body = closed.jaxpr
+    consts, carry, xs = inputs[:n], inputs[n : n + m], inputs[n + m :]
+    changed = [n + i for i in range(m) if body.outvars[i] is not body.invars[n + i]]
+    tape.refuse([marks[i] for i in changed], "the carry of a scan")
+    inner = [
+        None if mark is None or i in changed else replace(mark, scans=(*mark.scans, i >= n + m))
+        for i, mark in enumerate(marks)
+    ]
+    place = len(tape.uses)
+    seen = Tape(None, tape.followed)
+    structs = lambda xs: [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in xs]  # noqa: E731
+    slices = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+
+    def trial(*args: Any) -> list[Any]:
+        outs, ends = run(body, closed.consts, args, inner, seen)
+        # A view that leaves the loop is a use of its own, but for a carry that stays what it was.
+        stays = [i < m and n + i not in changed and inner[n + i] is not None for i in range(len(outs))]
+        seen.refuse([None if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
+        return outs
+
+    jax.eval_shape(trial, *structs(consts), *structs(carry), *slices)
+    kept = [use for use in seen.uses if tape.zeros is None or use.leaf in tape.followed]
+    zeros = [] if tape.zeros is None else list(tape.zeros[place : place + len(kept)])
+
+    def step(carry: list[Any], data: tuple[list[Any], list[Any]]) -> tuple[list[Any], tuple[list[Any], Any, Any]]:
+        xs, zeros = data
+        own = Tape(None if tape.zeros is None else zeros, tape.followed)
+        outs, _ = run(body, closed.consts, [*consts, *carry, *xs], inner, own)
+        return outs[:m], (outs[m:], own.others, own.outputs)
+
+    carry, (ys, others, outputs) = jax.lax.scan(
+        step, carry, (xs, zeros), length=length, reverse=params["reverse"], unroll=params["unroll"]
+    )
+    for leaf, reason in seen.refused.items():
+        tape.refused.setdefault(leaf, reason)
+    for use, other, out in zip(kept, others, outputs, strict=True):
+        *outside, over = use.scans
+        tape.uses.append(replace(use, scans=tuple(outside), sensitivity=_stacked(use.sensitivity, over)))
+        tape.others.append(_joined(other, over))
+        tape.outputs.append(out)
+    unchanged = [None if n + i in changed else marks[n + i] for i in range(m)]
+    return [*carry, *ys], [*unchanged, *[None] * len(ys)]
+
+
+def _joined(x: Array, over: bool) -> Array:
+    """(L, G, T, I) with the L steps as further matrices, or as further positions."""
+    steps, g, t, i = x.shape
+    return x.reshape(steps * g, t, i) if over else jnp.moveaxis(x, 0, 1).reshape(g, steps * t, i)
+
+
+def _stacked(sensitivity: Callable[[Array], Array], over: bool) -> Callable[[Array], Array]:
+    return lambda delta: _joined(jax.vmap(sensitivity)(delta), over)

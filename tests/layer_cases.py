@@ -1,0 +1,212 @@
+"""Models whose parameters enter products in many ways, and in ways that are none: (params, batch) -> outputs."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+_rng = np.random.default_rng(5)
+
+
+def normal(*shape):
+    return _rng.normal(size=shape)
+
+
+class Case(NamedTuple):
+    """A model, its parameters and a batch of four; the leaves (in order) that are found in products; roundings lost."""
+
+    model: Any
+    params: Any
+    batch: Any
+    found: list
+    slack: float = 1.0
+
+
+def mlp(layers, x):
+    for w, b in layers:
+        x = jnp.tanh(x @ w + b)
+    return x
+
+
+LAYERS = [(normal(5, 7), normal(7)), (normal(7, 6), normal(6)), (normal(6, 2), normal(2))]
+X = normal(4, 5)
+
+
+def through_calls(layers, x):
+    return jax.jit(lambda layers, x: jax.checkpoint(lambda layers, x: jax.jit(mlp)(layers, x))(layers, x))(layers, x)
+
+
+def recurrent(params, x):
+    step = lambda h, x: (jnp.tanh(h @ params["h"] + x @ params["x"] + params["b"]), None)
+    return jax.vmap(lambda xs: jax.lax.scan(step, jnp.zeros(6, x.dtype), xs)[0])(x)
+
+
+def deep_recurrent(params, x):
+    """A loop over layers within a loop over time: both axes of a leaf and of its activations."""
+    layer = lambda c, w: (jnp.tanh(c @ w), None)
+    step = lambda h, x: (jax.lax.scan(layer, h + x, params)[0], None)
+    return jax.vmap(lambda xs: jax.lax.scan(step, jnp.zeros(5, x.dtype), xs)[0])(x)
+
+
+def blocks_of_layers(params, x):
+    """A loop over blocks of a loop over the layers of each."""
+    layer = lambda c, w: (jnp.tanh(c @ w), None)
+    return jax.lax.scan(lambda c, block: (jax.lax.scan(layer, c, block)[0], None), x, params)[0]
+
+
+def attention(params, x):
+    q, k, v = (jnp.einsum("bti,ihd->bthd", x, params[name]) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k), axis=-1)
+    return jnp.einsum("bthd,hdi->bi", jnp.einsum("bhts,bshd->bthd", weights, v), params["o"])
+
+
+def convolution(params, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, params["c"], (2, 1), "SAME", dimension_numbers=numbers)
+    return jnp.tanh(y.reshape(len(y), -1)) @ params["w"]
+
+
+def grouped_convolution(params, x):
+    numbers = ("NCH", "OIH", "NCH")
+    y = jax.lax.conv_general_dilated(
+        x, params, (1,), "VALID", dimension_numbers=numbers, feature_group_count=2, rhs_dilation=(2,)
+    )
+    return jnp.sum(jnp.tanh(y), axis=-1)
+
+
+def custom_rule(params, x):
+    """A rule that is not the derivative: to walk into it would replace it."""
+
+    @jax.custom_vjp
+    def doubled(w, x):
+        return x @ w
+
+    doubled.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (2 * jnp.outer(kept[1], g), g @ kept[0].T))
+    return jax.vmap(lambda x: doubled(params[0], jnp.tanh(x @ params[1])))(x)
+
+
+@jax.custom_jvp
+def custom_activation(x):
+    return jnp.tanh(x)
+
+
+custom_activation.defjvp(lambda primals, tangents: (jnp.tanh(primals[0]), 3 * tangents[0]))
+
+
+def laplacian(params, x):
+    """Nested derivatives, as in the residual of a differential equation."""
+    u = lambda x: (jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]))[0]
+    return jax.vmap(lambda x: jnp.trace(jax.hessian(u)(x)))(x)
+
+
+def carried(params, x, factor):
+    step = lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1] if factor is None else c[1] * factor), None)
+    return jax.lax.scan(step, (x, params), None, length=3)[0][0]
+
+
+def normalised(params, x):
+    h = jnp.tanh(x @ params["w"])
+    return params["g"] * (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
+
+
+def in_linen():
+    model = nn.Sequential([nn.Dense(6), jnp.tanh, nn.Dense(3)])
+    return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
+
+
+def in_nnx():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(jax.nn.relu(self.first(x)))
+
+    graph, state = nnx.split(Network(nnx.Rngs(0)), nnx.Param)
+    return Case(lambda state, x: nnx.merge(graph, state)(x), state, X, [False, True, False, True])
+
+
+def in_equinox():
+    network = eqx.nn.MLP(5, 3, 6, 1, key=jax.random.key(0))
+    params, static = eqx.partition(network, eqx.is_array)
+    return Case(lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, X, [True, False, True, False])
+
+
+def in_haiku():
+    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
+    return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
+
+
+CASES = {
+    "dense layers": Case(mlp, LAYERS, X, [True, False] * 3),
+    "transposed": Case(lambda p, x: jnp.tanh(x @ p[0].T) @ p[1].T, [normal(7, 5), normal(2, 7)], X, [True, True]),
+    "jit and remat": Case(through_calls, LAYERS, X, [True, False] * 3),
+    "tied to its transpose": Case(lambda w, x: jnp.tanh(x @ w) @ w.T, normal(5, 7), X, [True]),
+    "twice": Case(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), normal(5, 5), X, [True]),
+    "einsum over positions": Case(
+        lambda p, x: jnp.sum(jnp.tanh(jnp.einsum("bti,io->bto", x, p["w"]) + p["b"]), axis=1),
+        {"w": normal(5, 7), "b": normal(7)}, normal(4, 3, 5), [False, True],
+    ),
+    "einsum with its own heads": Case(
+        lambda w, x: jnp.sum(jnp.tanh(jnp.einsum("bhd,hde->bhe", x, w)), axis=1), normal(3, 5, 6), normal(4, 3, 5),
+        [True],
+    ),
+    "on the left": Case(lambda w, x: jax.vmap(lambda x: jnp.tanh(w @ x))(x), normal(7, 5), X, [True]),
+    "lax.map": Case(lambda w, x: jax.lax.map(lambda x: jnp.tanh(x @ w), x), normal(5, 7), X, [True]),
+    "reshaped": Case(lambda w, x: jnp.tanh(x @ w.reshape(7, 5).T[:, :, None].reshape(5, 7)), normal(35), X, [True]),
+    "flat": Case(lambda w, x: jnp.tanh(x @ w.reshape(5, 7)), normal(35), X, [True]),
+    "scan over layers": Case(lambda w, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0], normal(3, 5, 5),
+                             X, [True]),
+    "scan over blocks of layers": Case(blocks_of_layers, normal(2, 3, 5, 5), X, [True]),
+    "recurrent": Case(recurrent, {"h": normal(6, 6) / 2, "x": normal(5, 6), "b": normal(6)}, normal(4, 7, 5),
+                      [False, True, True]),
+    "layers within time": Case(deep_recurrent, normal(2, 5, 5), normal(4, 3, 5), [True]),
+    "carried along": Case(partial(carried, factor=None), normal(5, 5), X, [True]),
+    "carried and changed": Case(partial(carried, factor=0.5), normal(5, 5), X, [False]),
+    "attention": Case(attention, {name: normal(5, 2, 3) for name in "qkv"} | {"o": normal(2, 3, 5)}, normal(4, 3, 5),
+                      [True] * 4),
+    "convolution": Case(convolution, {"c": normal(3, 2, 2, 4), "w": normal(72, 2)}, normal(4, 6, 6, 2), [True, True]),
+    "grouped, dilated": Case(grouped_convolution, normal(6, 2, 3), normal(4, 4, 9), [True]),
+    "nested derivatives": Case(laplacian, [normal(3, 6), normal(6, 1)], normal(4, 3), [True, True], 10.0),
+    "normalised": Case(normalised, {"g": normal(7), "w": normal(5, 7)}, X, [False, True]),
+    "a rule for an activation": Case(lambda w, x: custom_activation(x @ w), normal(5, 7), X, [True]),
+    "a rule of its own": Case(custom_rule, [normal(7, 3), normal(5, 7)], X, [False, True]),
+    "a penalty beside it": Case(lambda w, x: jnp.tanh(x @ w) + jnp.sum(w**2), normal(5, 7), X, [False]),
+    "also an output": Case(lambda w, x: (jnp.tanh(x @ w), jnp.broadcast_to(w, (len(x), 5, 7))), normal(5, 7), X,
+                           [False]),
+    "out of a scan, as it is": Case(
+        lambda w, x: x @ jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), w.T), x[0], None, length=2)[1][0], normal(5, 5), X,
+        [False],
+    ),
+    "into a carry": Case(
+        lambda w, x: (lambda c: jnp.tanh(x @ w) @ c[1])(
+            jax.lax.scan(lambda c, _: ((jnp.tanh(c[0] @ w), w), None), (x, 0 * w), None, length=2)[0]
+        ), normal(5, 5), X, [False],
+    ),
+    "a slice into a carry": Case(
+        lambda w, x: x @ jax.lax.scan(lambda c, r: (r, x @ r), jnp.zeros((5, 5), x.dtype), w)[0], normal(2, 5, 5), X,
+        [False],
+    ),
+    "a jit into a carry": Case(
+        lambda w, x: jnp.sum(jax.lax.scan(lambda c, _: (jax.jit(lambda a: a.T)(w), x @ w), jnp.zeros((5, 5), x.dtype),
+                                          None, length=2)[0], 0)[None] + x * 0 + x @ w, normal(5, 5), X, [False],
+    ),
+    "halved": Case(lambda w, x: jnp.tanh(x @ (w / 2)), normal(5, 7), X, [False]),
+    "sliced": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
+    "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [False, False]),
+    "embedded": Case(lambda p, x: jnp.tanh(p["e"][x] @ p["w"]), {"e": normal(9, 5), "w": normal(5, 7)},
+                     np.array([0, 3, 3, 8]), [False, True]),
+    "either branch": Case(lambda w, x: jax.vmap(lambda x: jax.lax.cond(x[0] > 0, lambda: x @ w, lambda: 2 * x @ w))(x),
+                          normal(5, 7), X, [False]),
+    "unused": Case(lambda p, x: jnp.tanh(x @ p[0]), [normal(5, 7), normal(3, 3)], X, [True, False]),
+    "flax.linen": in_linen(),
+    "flax.nnx": in_nnx(),
+    "equinox": in_equinox(),
+    "haiku": in_haiku(),
+}  # fmt: skip

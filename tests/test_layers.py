@@ -1,0 +1,352 @@
+"""Layer rows against the Jacobian: the same numbers, whatever the model and however its parameters are used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import cast, eps, error, named_mistakes
+from layer_cases import CASES, LAYERS, X, mlp
+
+from natgrad_jax import damping, layers, metrics, solvers
+from natgrad_jax.operators import Gram, Outer, add, scale
+
+TOL = {np.dtype("float32"): 2e-5, np.dtype("float64"): 1e-11}
+
+
+def typed(tree, dtype):
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, dtype if np.issubdtype(np.asarray(x).dtype, np.floating) else None), tree
+    )
+
+
+def one_of(model):
+    return lambda params, x: jax.tree.map(lambda y: y[0], model(params, jax.tree.map(lambda x: x[None], x)))
+
+
+def jacobian(model, params, batch):
+    """(n, k, p) in float64: of every example by itself."""
+    outputs = lambda params, x: jnp.concatenate([jnp.ravel(y) for y in jax.tree.leaves(one_of(model)(params, x))])
+    rows = jax.jit(jax.vmap(lambda x: jax.jacrev(lambda params: outputs(params, x))(params)))(batch)
+    leaves = [np.asarray(x, float) for x in jax.tree.leaves(rows)]
+    return np.concatenate([x.reshape(*x.shape[:2], -1) for x in leaves], axis=2)
+
+
+def is_outer(x):
+    return isinstance(x, Outer)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_rows_are_the_jacobian(name, dtype):
+    """Rows, products, kernel (in one unit and in many), diagonal, matrix: all from the same factors."""
+    check_rows_of(CASES[name], False, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_centred_layer_rows_are_the_centred_jacobian(name, float64):
+    check_rows_of(CASES[name], True, float64)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "convolution", "tied to its transpose"])
+def test_rows_are_made_a_few_at_a_time(name, monkeypatch, float64):
+    monkeypatch.setattr("natgrad_jax.operators.outer.BLOCK", 60)
+    check_rows_of(CASES[name], True, float64)
+
+
+def check_rows_of(case, centred, dtype):
+    params, batch = typed(case.params, dtype), typed(case.batch, dtype)
+    n, rng = 4, np.random.default_rng(1)
+    weights = rng.dirichlet(np.ones(n))
+    expected = jacobian(case.model, params, batch)
+    if centred:
+        expected = expected - np.tensordot(weights, expected, 1)
+    expected = (np.sqrt(weights)[:, None, None] * expected).reshape(-1, expected.shape[2])
+
+    @jax.jit
+    def everything(params, batch, v, u, units):
+        plan = layers.Plan.of(one_of(case.model), params, jax.tree.map(lambda x: x[0], batch))
+        rows = layers.rows(plan, params, batch, jnp.asarray(np.sqrt(weights), dtype), centred=centred, always=True)
+        gram = Gram(rows)
+        flat, v = gram.space.ravel, gram.space.unravel(v)
+        return rows, {
+            "rows": gram.matrix(), "times": gram.times(v), "transposed": flat(gram.transposed_times(u)),
+            "kernel": gram.kernel(jnp.asarray(2.0, dtype)), "kernel in units": gram.kernel(units),
+            "diagonal": flat(gram.diagonal()), "lengths": gram.scale(), "matrix": gram.dense(),
+            "scaled": scale(9.0, gram).times(v), "a sum": add(gram, gram).dense(),
+        }  # fmt: skip
+
+    sizes = rng.normal(size=expected.shape[1]), rng.normal(size=len(expected)), rng.uniform(0.5, 2, expected.shape[1])
+    v, u, units = (jnp.asarray(x, dtype) for x in sizes)
+    rows, got = everything(params, batch, v, u, units)
+    v, u, units = (np.asarray(x, float) for x in (v, u, units))
+    formulas = {
+        "rows": expected, "times": expected @ v, "transposed": u @ expected, "kernel": 4 * expected @ expected.T,
+        "kernel in units": (expected * units**2) @ expected.T, "diagonal": np.sum(expected**2, 0),
+        "lengths": np.sqrt(np.sum(expected**2, 0)), "matrix": expected.T @ expected, "scaled": 3 * expected @ v,
+        "a sum": 2 * expected.T @ expected,
+    }  # fmt: skip
+    for what, value in formulas.items():
+        assert error(got[what], value) < case.slack * TOL[np.dtype(dtype)], what
+    assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == case.found
+    assert all(x.dtype == dtype for x in jax.tree.leaves(rows))
+
+
+def energies(params, batch):
+    return jnp.sum(jnp.tanh(mlp(params, batch)), axis=1)
+
+
+METRICS = {
+    "gauss_newton": (metrics.gauss_newton, (mlp, metrics.losses.squares()), {}),
+    "softmax": (metrics.gauss_newton, (mlp, metrics.losses.softmax_cross_entropy()), {}),
+    "any loss": (metrics.gauss_newton, (mlp, lambda z, batch: jnp.mean(jnp.sum(z**4, 1))), {}),
+    "least_squares": (metrics.least_squares, (lambda params, batch: mlp(params, batch[0]),), {}),
+    "empirical_fisher": (
+        metrics.empirical_fisher,
+        (lambda params, x: -jnp.sum((mlp(params, x[None])[0]) ** 2),),
+        {},
+    ),
+    "quantum_geometric": (metrics.quantum_geometric, (lambda params, x: energies(params, x[None])[0],), {}),
+    "complex quantum": (
+        metrics.quantum_geometric,
+        (lambda params, x: jax.lax.complex(*mlp(params, x[None])[0]),),
+        {},
+    ),
+    "energy": (metrics.energy, (lambda params, x: mlp(params, x[None])[0],), {}),
+}
+
+
+def data_of(name, dtype):
+    x = jnp.asarray(X, dtype)
+    if name == "softmax":
+        return {"batch": (x, jnp.array([0, 1, 1, 0]))}
+    if name in ("gauss_newton", "any loss", "least_squares"):
+        return {"batch": (x, jnp.zeros((4, 2), dtype))}
+    return {"samples": x} if "quantum" in name else {"points" if name == "energy" else "batch": x}
+
+
+def metric_of(name, rows):
+    make, args, options = METRICS[name]
+    if name in ("gauss_newton", "softmax", "any loss"):
+        model = lambda params, batch: mlp(params, batch[0])
+        args = (model, *args[1:])
+    return make(*args, rows=rows, **options)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_the_same_from_either_rows(name, dtype):
+    """The matrix, the residual and a damped step, with layer rows and with plain ones."""
+    params, data = cast(LAYERS, dtype), data_of(name, dtype)
+    steps, matrices = [], []
+    for rows in ("layers", "plain"):
+        operator = jax.jit(metric_of(name, rows))(params, **data)
+        held = [is_outer(x) for x in jax.tree.leaves(operator.rows, is_leaf=is_outer)]
+        assert held == ([True, False] * 3 if rows == "layers" else [False] * 6)
+        g = operator.transposed_times(jnp.asarray(np.linspace(-1, 1, operator.n), dtype))
+        residual = operator.residual
+        for rule in (damping.absolute(0.1), damping.trace(0.1), damping.relative(0.1), damping.layered(0.1)):
+            solution = solvers.solve(operator, g, solver=solvers.row_space(), damping=rule)
+            assert bool(solution.converged)
+            steps.append(solution.value)
+        matrices.append((operator.dense(), residual))
+    assert error(matrices[0], matrices[1]) < TOL[np.dtype(dtype)]
+    for layered, plain in zip(steps[:4], steps[4:], strict=True):
+        assert error(layered, plain) < 100 * TOL[np.dtype(dtype)]
+
+
+def test_auto_takes_layers_where_they_are_smaller(float64):
+    """Shapes alone decide: rows of n·k < p numbers, and leaves whose factors are at most half of them."""
+    wide = [(np.zeros((20, 30)), np.zeros(30)), (np.zeros((30, 2)), np.zeros(2))]
+    metric = metrics.gauss_newton(lambda p, batch: mlp(p, batch[0]), metrics.losses.squares())
+    for n, expected in ((10, [True, False, True, False]), (400, [False] * 4)):
+        batch = (jnp.zeros((n, 20)), jnp.zeros((n, 2)))
+        rows = metric(wide, batch=batch).rows
+        assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == expected
+
+
+def test_one_walk_serves_every_batch(float64):
+    """New numbers do not trace again; vmap over parameters is a loop; the operator passes through jit as a pytree."""
+    traces = []
+
+    def model(params, x):
+        traces.append(1)
+        return mlp(params, x)
+
+    metric = jax.jit(
+        lambda params, x: metrics.energy(lambda p, x: model(p, x[None])[0], rows="layers")(params, points=x)
+    )
+    params = cast(LAYERS, float64)
+    metric(params, jnp.asarray(X))
+    before = len(traces)
+    metric(params, jnp.asarray(X) + 1)
+    assert len(traces) == before
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    together = jax.vmap(lambda params: metric(params, jnp.asarray(X)).dense())(many)
+    for i in range(2):
+        alone = metric(jax.tree.map(lambda x: x[i], many), jnp.asarray(X)).dense()  # noqa: B023
+        np.testing.assert_allclose(together[i], alone, atol=1e-12)
+    assert error(jax.jit(lambda g: g.dense())(metric(params, jnp.asarray(X))), together[0]) < 1e-12
+
+
+def test_a_large_common_part_is_taken_out_of_rows(dtype):
+    """Nearly equal samples: the mean outweighs what is left by a thousand, and its square by a million."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 10)) * 1e-2 + 10, dtype)
+    w = jnp.asarray(rng.normal(size=(10, 8)) * 1e-3, dtype)
+    metric = lambda rows: metrics.quantum_geometric(lambda w, x: jnp.sum(jnp.tanh(x @ w)), rows=rows)
+    factored, plain = (jax.jit(metric(rows))(w, samples=x) for rows in ("layers", "plain"))
+    assert is_outer(factored.rows)
+    one = jnp.ones((), dtype)
+    bound = 2e-3 if dtype == np.float32 else 1e-11
+    for got, expected in (
+        (factored.kernel(one), plain.kernel(one)), (factored.scale(), plain.scale()),
+        (factored.space.ravel(factored.diagonal()), plain.space.ravel(plain.diagonal())),
+    ):  # fmt: skip
+        assert error(got, expected) < bound
+    equal = jax.jit(metric("layers"))(w, samples=jnp.repeat(x[:1], 3, axis=0))
+    assert np.max(equal.scale()) < 100 * eps(dtype)
+
+
+def test_a_rule_that_closes_over_the_example_has_plain_rows(float64):
+    """It cannot be replayed outside of the trace that it was made in."""
+
+    def f(w, x):
+        @jax.custom_vjp
+        def act(z):
+            return jnp.tanh(z)
+
+        act.defvjp(lambda z: (jnp.tanh(z), z), lambda z, g: (g * (1 + x[0] ** 2),))
+        return jnp.sum(act(x @ w))
+
+    w, x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 20))), jnp.ones((3, 20))
+    auto, plain = (jax.jit(metrics.energy(f, rows=rows))(w, points=x) for rows in ("auto", "plain"))
+    assert not is_outer(auto.rows) and error(auto.rows, plain.rows) == 0
+    with pytest.raises(TypeError, match=r"closes over its arguments.*rows='plain'"):
+        metrics.energy(f, rows="layers")(w, points=x)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_leaves_and_empty_loops_have_plain_rows(shape, float64):
+    f = lambda p, x: jnp.sum(x @ p[1]) + jnp.sum(jnp.zeros(shape[0]) @ p[0]) + jnp.sum(jnp.zeros((0, 5)) @ p[2])
+    params, x = [jnp.zeros(shape), jnp.ones((5, 7)), jnp.ones((5, 2))], jnp.asarray(X)
+    operator = metrics.energy(f, rows="layers")(params, points=x)
+    assert [is_outer(x) for x in jax.tree.leaves(operator.rows, is_leaf=is_outer)] == [False, True, False]
+    assert error(operator.dense(), metrics.energy(f, rows="plain")(params, points=x).dense()) < 1e-14
+
+
+def test_lengths_where_factors_trade_their_sizes(dtype):
+    """Large in one factor, small in the other, and the other way round in the next example."""
+    layout = layers.Plan.of(lambda w, x: x @ w, jnp.zeros((3, 4)), jnp.zeros(3)).uses[0][0].layout
+    for big, small in ((1.0, 1e-22), (1e22, 1e-22)):
+        left, right = np.zeros((2, 1, 1, 1, 3)), np.zeros((2, 1, 1, 1, 4))
+        left[0], right[0], left[1], right[1] = small, big, big, small
+        outer = Outer(jnp.asarray(left, dtype), jnp.asarray(right, dtype), layout, 1)
+        np.testing.assert_allclose(outer.lengths(), 2**0.5 * big * small, rtol=1e-6)
+
+
+def test_derivatives_go_through_layer_rows(float64):
+    """d/dθ of vᵀG(θ)v, against central differences."""
+    params, v = cast(LAYERS, float64), cast(LAYERS, float64)
+
+    def length(params):
+        operator = metrics.energy(lambda p, x: mlp(p, x[None])[0], rows="layers")(params, points=jnp.asarray(X))
+        return operator.inner(v, v)
+
+    gradient = jax.jit(jax.grad(length))(params)
+    way = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape)), params)
+    moved = lambda h: length(jax.tree.map(lambda x, d: x + h * d, params, way))
+    slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
+    np.testing.assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e15])
+def test_rows_of_any_size(size, dtype):
+    """Lengths of columns, and a solve, where squares of the rows would leave the floats."""
+    rows = Outer(
+        jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 1, 1, 4)) * size, dtype),
+        jnp.asarray(np.random.default_rng(1).normal(size=(3, 1, 1, 1, 5)) * size, dtype),
+        layers.Plan.of(lambda w, x: x @ w, jnp.zeros((4, 5)), jnp.zeros(4)).uses[0][0].layout,
+        1,
+    )
+    expected = np.linalg.norm(
+        np.einsum("ni,no->nio", *(np.asarray(x, float)[:, 0, 0, 0] for x in (rows.left, rows.right))), axis=0
+    )
+    if size**2 < np.finfo(dtype).tiny:
+        pytest.skip("the rows themselves are not numbers of this precision")
+    assert error(rows.lengths(), expected) < 8 * eps(dtype)
+
+
+def test_a_report_names_what_was_found():
+    captured = layers.capture(lambda p, x: mlp(p[0], x) + jnp.sum(p[1] ** 2))((LAYERS, np.ones(3)), X)
+    lines = captured.report().splitlines()
+    assert len(lines) == 7
+    assert "[0][0][0] (5, 7): factors; dot_general of 1 × (5, 7) at 1" in lines[0]
+    assert "70 numbers in rows, 19 in factors" in lines[0] and "factors" not in lines[1]
+    assert "[0][0][1] (7,): rows; whole: add" in lines[1]
+    assert "whole: integer_pow" in lines[6]
+
+
+LABELS = metrics.fisher(
+    lambda params, y, x: jax.nn.log_softmax(mlp(params, x[None])[0])[y], jnp.arange(2), inputs=True, rows="layers"
+)
+DIAGONALS = {
+    "exact": (LABELS, {"batch": X}),
+    "empirical": (
+        metrics.empirical_fisher(lambda params, x: -jnp.sum(mlp(params, x[None])[0] ** 2), rows="layers"),
+        {"batch": X},
+    ),
+    "by draws": (
+        metrics.monte_carlo_fisher(
+            lambda params, y, x: -0.5 * jnp.sum((y - mlp(params, x[None])[0]) ** 2),
+            lambda params, key, x: mlp(params, x[None])[0] + jax.random.normal(key, (2,)),
+            3,
+            inputs=True,
+            rows="layers",
+        ),
+        {"batch": X, "key": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIAGONALS)
+def test_the_fisher_diagonal_is_that_of_the_matrix(name, dtype):
+    """Of squared scores of every example: the diagonal of the matrix from plain rows."""
+    metric, data = DIAGONALS[name]
+    params = cast(LAYERS, dtype)
+    data = {k: jax.random.key(v) if k == "key" else jnp.asarray(v, dtype) for k, v in data.items()}
+    diagonal = jax.jit(metrics.fisher_diagonal(metric))(params, **data)
+    matrix = metric(params, **data).dense()
+    assert error(diagonal.entries, jnp.diagonal(matrix)) < TOL[np.dtype(dtype)]
+    assert jax.tree.map(jnp.shape, diagonal.entries) == jax.tree.map(jnp.shape, params)
+    if name == "exact":  # F = Jᵀ(diag(q) − qqᵀ)J, the mean over inputs
+        rows = jacobian(mlp, params, data["batch"])
+        q = np.asarray(jax.nn.softmax(mlp(params, data["batch"])), float)
+        roots = np.einsum("ni,ij->nij", q, np.eye(2)) - np.einsum("ni,nj->nij", q, q)
+        expected = np.mean(np.einsum("nip,nij,njp->np", rows, roots, rows), axis=0)
+        assert error(diagonal.entries, expected) < 10 * TOL[np.dtype(dtype)]
+
+
+def test_rows_that_mix_the_batch_are_measured(float64):
+    params, batch = cast(LAYERS, float64), jnp.asarray(X)
+    assert metrics.check_rows(mlp, params, batch) < 1e-14
+    mixing = lambda params, x: mlp(params, x) - jnp.mean(mlp(params, x), axis=0)
+    assert metrics.check_rows(mixing, params, batch) == 1.0
+
+
+MISTAKES = {
+    "unknown rows": (lambda: metrics.energy(mlp, rows="factors"), ValueError, r"rows.*'auto', 'layers' or 'plain'"),
+    "chunks of layers": (
+        lambda: metrics.energy(mlp, rows="layers", chunk_size=3), ValueError, r"rows.*leave out chunk_size",
+    ),
+    "no diagonal": (
+        lambda: metrics.fisher_diagonal(metrics.energy(lambda p, x: p * x, matrix_free=True))(1.0, points=jnp.ones(2)),
+        TypeError, r"metric.*leave matrix_free out",
+    ),
+    "one example": (lambda: metrics.check_rows(mlp, LAYERS, X[:1]), ValueError, r"batch.*at least two"),
+    "outputs of a batch": (
+        lambda: metrics.check_rows(lambda p, x: x[:2], LAYERS, X), ValueError, r"f: expected outputs",
+    ),
+    "complex outputs": (
+        lambda: layers.capture(lambda w, x: x @ w + 1j * x @ w)(np.ones((5, 5)), X), TypeError, r"f: expected real",
+    ),
+    "no batch": (lambda: layers.capture(mlp)(LAYERS, jnp.zeros(())), ValueError, r"batch.*leading axis"),
+}  # fmt: skip
+test_mistakes_are_named = named_mistakes(MISTAKES)
