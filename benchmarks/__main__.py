@@ -18,7 +18,7 @@ from natgrad_jax.demo import double_precision
 
 NAMES = (
     "inference", "full_rank", "jacobian", "solvers", "metrics", "transforms", "rules", "adapters", "posteriors",
-    "peers",
+    "peers", "layers",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
