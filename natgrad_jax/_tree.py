@@ -216,6 +216,24 @@ def leading_axis(tree: PyTree, name: str) -> int:
     return next(iter(lengths))  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class OneExample:
+    """(params, x) ↦ what f(params, batch) gives for a batch of x alone, without the leading axis."""
+
+    f: Callable[[PyTree, PyTree], PyTree]
+    name: str
+
+    def __call__(self, params: PyTree, x: PyTree) -> PyTree:
+        """The output of one example."""
+        out = self.f(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x))
+        if not jax.tree.leaves(out) or any(jnp.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(out)):
+            raise ValueError(
+                f"{self.name}: expected one output for each example on a leading axis, got "
+                f"{jax.tree.map(jnp.shape, out)} for a batch of one example. Do not sum or average over the batch."
+            )
+        return jax.tree.map(lambda leaf: leaf[0], out)
+
+
 def chunked_sum(f: Callable[[PyTree], PyTree], xs: PyTree, chunk_size: int | None) -> PyTree:
     """f(xs), for an f that sums over the leading axis of `xs`, evaluated `chunk_size` points at a time.
 

@@ -60,6 +60,11 @@ def test_each_kind_of_draws_is_what_it_says(float64):
         assert error(x[:4], -x[4:]) == 0
     x = np.asarray(inference.orthogonal(8).points(key, 4, float64))[:4]
     np.testing.assert_allclose(x @ x.T, (x[0] @ x[0]) * np.eye(4), atol=1e-12)
+    # A further block has its own directions, no nearer to the first than by chance.
+    blocks = np.asarray(inference.orthogonal(40).points(key, 10, float64))[:20].reshape(2, 10, 10)
+    first, second = (block / np.linalg.norm(block, axis=1, keepdims=True) for block in blocks)
+    np.testing.assert_allclose(second @ second.T, np.eye(10), atol=1e-12)
+    assert np.abs(first @ second.T).max() < 0.95
     x = np.asarray(inference.fixed(inference.independent(9)).points(key, 4, float64))
     np.testing.assert_allclose(x.T @ x / 9, np.eye(4), atol=1e-12)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-12)

@@ -87,8 +87,9 @@ class Orthogonal(Antithetic):
         """The points, shape (count(d), d)."""
         blocks = self.count(d) // (2 * d)
         directions, radii = jax.random.split(key)
-        # One random rotation for all blocks: fixed rotations of a uniform one are uniform, and no nearer to each other.
-        q = jnp.asarray(_apart(blocks, d), dtype) @ _rotation(jax.random.normal(directions, (d, d), dtype))
+        q = _rotation(jax.random.normal(directions, (d, d), dtype))[None]
+        if blocks > 1:  # fixed rotations of one that is uniform are uniform too, and set apart
+            q = jnp.concatenate([q, jnp.asarray(_apart(blocks - 1, d), dtype) @ q])
         radius = jnp.linalg.norm(jax.random.normal(radii, (blocks, d), dtype), axis=-1)
         half = (q * radius[:, None, None]).reshape(-1, d)
         return jnp.concatenate([half, -half])
@@ -98,10 +99,10 @@ class Orthogonal(Antithetic):
         return jnp.abs(trace) / math.sqrt(2 * d * (self.count(d) // (2 * d)))
 
 
-def _apart(blocks: int, d: int) -> np.ndarray:
-    """Rotations that never change, the first the identity."""
+def _apart(n: int, d: int) -> np.ndarray:
+    """n rotations that never change, (n, d, d)."""
     rng = np.random.default_rng(0)
-    return np.stack([np.eye(d)] + [np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(blocks - 1)])
+    return np.stack([np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(n)])
 
 
 def _rotation(normal: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, leading_axis
+from natgrad_jax._tree import OneExample, PyTree, leading_axis
 from natgrad_jax.layers import walk
 from natgrad_jax.layers.walk import Mark, Tape, Use
 from natgrad_jax.operators.outer import Layout, Outer, is_outer
@@ -29,7 +29,8 @@ class Plan:
         marks: of its arguments.
         leaves: shapes and dtypes of the leaves of params.
         k: number of outputs.
-        uses: of all leaves, in the order of the walk, with the shapes (G, T, I) and O of each.
+        uses: of all leaves, in the order of the walk, with G, T, I and O of each.
+        outputs: of the products of these uses.
         refused: the leaves with a use that is not followed, and what it is.
     """
 
@@ -114,7 +115,7 @@ class BoundRuleError(TypeError):
 
 
 def _check_rules(trace: Callable[[], Any]) -> None:
-    """A `BoundRuleError` error if something that was traced outlives the trace: a rule that closes over the example."""
+    """A `BoundRuleError` if something that was traced outlives the trace: a rule that closes over the example."""
     try:
         with jax.checking_leaks():
             trace()
@@ -224,6 +225,7 @@ class Captured:
 
     Attributes:
         rows: like params; of each leaf the n·k rows of the Jacobian, `operators.Outer` or an array (n·k, …).
+        plan: what the walk over f found.
         names: of the leaves.
     """
 
@@ -264,7 +266,12 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.
 
     Returns:
-        captured(params, batch) -> `Captured`, with `.rows` (for `operators.Gram`) and `.report()`.
+        captured(params, batch) -> `Captured`, with `.rows` (for `operators.Gram`; a sum over examples, scale by 1/n
+        for a mean) and `.report()`.
+
+    Raises:
+        ValueError: outputs without a leading axis.
+        TypeError: outputs that are not real; a custom rule, made inside of f, that closes over its arguments.
 
     Cost: one reverse pass for each output of an example, and no n × p array where factors are smaller.
 
@@ -280,8 +287,7 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
     def captured(params: PyTree, batch: PyTree) -> Captured:
         n = leading_axis(batch, "batch")
         theta = _tree.raised(params)
-        one = lambda params, x: _first(f(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)))  # noqa: E731
-        plan = Plan.of(one, theta, jax.tree.map(lambda x: x[0], batch))
+        plan = Plan.of(OneExample(f, "f"), theta, jax.tree.map(lambda x: x[0], batch))
         if not jnp.issubdtype(plan.jaxpr.out_avals[0].dtype, jnp.floating):
             raise TypeError(
                 f"f: expected real floating-point outputs, got {plan.jaxpr.out_avals[0].dtype}; return the real and "
@@ -291,7 +297,3 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
         return Captured(rows(plan, theta, batch, jnp.ones(n), centred=False), plan, names)
 
     return captured
-
-
-def _first(outputs: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x[0], outputs)

@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, Space, leading_axis
+from natgrad_jax._tree import OneExample, PyTree, Space, leading_axis
 from natgrad_jax.metrics.fisher import LogProb, log_weights
-from natgrad_jax.metrics.shared import OneExample, check_log_prob
+from natgrad_jax.metrics.shared import check_log_prob
 
 
 class FisherReport(NamedTuple):

@@ -225,7 +225,8 @@ def fisher_diagonal(metric: Metric) -> Metric:
         TypeError: a metric that shows no diagonal (matrix_free).
 
     Cost: with layer rows and one row an example about one weight-gradient pass beside the gradient. Memory n times the
-    widths of the layers, and n times the number of biases.
+    widths of the layers, and n times the number of biases. For more rows than parameters give the metric rows="layers":
+    its "auto" would make plain rows there.
 
     Example:
         >>> import jax.numpy as jnp

@@ -55,7 +55,9 @@ def quantum_geometric(
         jac: "auto", "rev" or "fwd".
         chunk_size: samples at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size, in double precision; "layers": wherever it can be, also in single, where
+            nearly equal rows lose digits when they are centred; "plain": never.
 
     Returns:
         metric(params, *, samples, weights=None) -> operator. `samples` are drawn from |ψ|², a mean over them; or they
@@ -291,7 +293,8 @@ def energy(
         jac: "auto", "rev" or "fwd".
         chunk_size: points at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, points, quadrature=None) -> operator. `quadrature` holds the weights ≥ 0 of the n points, 1/n
@@ -366,7 +369,8 @@ def sobolev(
         jac: "auto", "rev" or "fwd".
         chunk_size: points at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, points, quadrature=None) -> operator, as for `energy`.

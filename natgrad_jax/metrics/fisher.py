@@ -54,7 +54,8 @@ def fisher(
         chunk_size: points (with `inputs`: of the batch) at a time: a `Dense`, memory p² + chunk_size·p. A `Gram` of n
             rows, memory n·p, when left out.
         matrix_free: an `Implicit` that is known by its products, for `cg`: neither rows nor a matrix.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params) or metric(params, *, batch) -> operator. A q that does not sum to one raises outside `jit`, and
@@ -205,7 +206,8 @@ def monte_carlo_fisher(
         jac: "auto", "rev" or "fwd", as in `fisher_matrix`.
         chunk_size: draws (with `inputs`: inputs) at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, key) or metric(params, *, key, batch) -> operator; a mean over draws and inputs, nats.
@@ -268,7 +270,8 @@ def empirical_fisher(
         jac: "auto", "rev" or "fwd", as in `fisher_matrix`.
         chunk_size: examples at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, batch) -> operator, a mean over the n examples. Its residual is that of the loss

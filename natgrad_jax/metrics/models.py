@@ -11,13 +11,12 @@ from jax import Array
 from jax.tree_util import Partial
 
 from natgrad_jax import _tree, operators
-from natgrad_jax._tree import PyTree, Space, concrete, leading_axis
+from natgrad_jax._tree import OneExample, PyTree, Space, concrete, leading_axis
 from natgrad_jax.metrics.losses import Loss
 from natgrad_jax.metrics.shared import (
     Form,
     HessianProduct,
     Metric,
-    OneExample,
     check_callable,
     check_real,
     check_real_outputs,
@@ -60,7 +59,8 @@ def gauss_newton(
         chunk_size: examples at a time: a `Dense` in place of n·k rows.
         matrix_free: an `Implicit`, for `cg`; the Hessian of any loss is then used as it is, also one that mixes the
             examples.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, batch) -> operator. With a loss of `metrics.losses` it carries the residual of the gradient.
@@ -236,7 +236,8 @@ def least_squares(
         jac: "auto", "rev" or "fwd".
         chunk_size: examples at a time: a `Dense`, without the residual, in place of the rows.
         matrix_free: products alone, for `cg`.
-        rows: "auto" (products of layers where these are smaller, see `layers.capture`), "layers" or "plain".
+        rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, batch, weights=None) -> operator, a sum over examples (weights=1/n for a mean). `batch` has

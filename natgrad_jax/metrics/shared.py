@@ -91,12 +91,20 @@ def pulled_back(
 
 def _layers(f: OfOne, theta: PyTree, points: PyTree, form: Form, centre: int | None) -> layers.Plan | None:
     """The walk over f, where rows in factors are asked for or, by their shapes, smaller; else None."""
-    real = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(theta))
-    if form.rows == "plain" or form.jac != "auto" or form.chunk_size is not None or centre == 1 or not real:
+    if form.rows == "plain" or form.jac != "auto" or form.chunk_size is not None:
         return None
-    n, p = leading_axis(points, "points"), sum(x.size for x in jax.tree.leaves(theta))
+    n, leaves = leading_axis(points, "points"), jax.tree.leaves(theta)
     out = jax.eval_shape(lambda theta, x: flat(f(theta, x)), theta, one_of(points))
-    if not jnp.issubdtype(out.dtype, jnp.floating) or p == 0 or (form.rows == "auto" and n * out.size >= p):
+    real = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (out, *leaves))
+    if form.rows == "layers" and (centre == 1 or not real):
+        raise ValueError(
+            "rows: 'layers' are for real parameters and outputs, and not for draws that are centred for each input; "
+            "expected 'auto' or 'plain' here"
+        )
+    # Out of factors a mean is taken at a loss of digits, which single precision has not to lose.
+    single = centre == 0 and jnp.finfo(out.dtype).bits < 64
+    pays = n * out.size < sum(x.size for x in leaves) and not single
+    if centre == 1 or not real or (form.rows == "auto" and not pays):
         return None
     try:
         plan = layers.Plan.of(f, theta, one_of(points))
@@ -211,24 +219,6 @@ def flat(tree: PyTree) -> Array:
 
 def _by_example(roots: Array) -> Array:
     return roots[:, None] if roots.ndim == 1 else roots
-
-
-@dataclass(frozen=True)
-class OneExample:
-    """(params, x) ↦ what f(params, batch) gives for a batch of x alone, without the leading axis."""
-
-    f: Callable[[PyTree, PyTree], PyTree]
-    name: str
-
-    def __call__(self, params: PyTree, x: PyTree) -> PyTree:
-        """The output of one example."""
-        out = self.f(params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x))
-        if not jax.tree.leaves(out) or any(jnp.shape(leaf)[:1] != (1,) for leaf in jax.tree.leaves(out)):
-            raise ValueError(
-                f"{self.name}: expected one output for each example on a leading axis, got "
-                f"{jax.tree.map(jnp.shape, out)} for a batch of one example. Do not sum or average over the batch."
-            )
-        return jax.tree.map(lambda leaf: leaf[0], out)
 
 
 @dataclass(frozen=True)

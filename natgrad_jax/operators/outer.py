@@ -133,14 +133,14 @@ class Outer:
     def lengths(self) -> Array:
         """√squares, for rows of any size."""
         # Of each example by itself first: what is large in one factor may be small in the other.
-        size = jnp.max(jnp.abs(self.left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
-        self = replace(self, left=self.left / jnp.where(size > 0, size, 1), right=self.right * size)
-        left, right = _largest(self.left), _largest(self.right)
         unit = lambda x, size: x / jnp.where(size > 0, size, 1)  # noqa: E731
-        frame = self.layout.leaf(left[:, :, None] * right[:, None, :])
+        size = jnp.max(jnp.abs(self.left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
+        left, right = unit(self.left, size), self.right * size
+        inside, out = _largest(left), _largest(right)
+        frame = self.layout.leaf(inside[:, :, None] * out[:, None, :])
         centre = None if self.centre is None else (self.centre[0], unit(self.centre[1], frame))
-        sides = unit(self.left, left[:, None]), unit(self.right, right[:, None])
-        return frame * _tree.root(Outer(*sides, self.layout, self.k, centre).squares())
+        scaled = replace(self, left=unit(left, inside[:, None]), right=unit(right, out[:, None]), centre=centre)
+        return frame * _tree.root(scaled.squares())
 
     def scaled(self, c: Any) -> "Outer":
         """c times the rows."""
