@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import OneExample, PyTree, leading_axis
+from natgrad_jax._tree import OneExample, PyTree, concrete, leading_axis
 from natgrad_jax.layers import walk
 from natgrad_jax.layers.walk import Mark, Tape, Use
 from natgrad_jax.operators.outer import Layout, Outer, is_outer
@@ -45,6 +45,7 @@ class Plan:
     @classmethod
     def of(cls, f: OfOne, params: PyTree, x: PyTree) -> "Plan":
         """One walk, on shapes alone."""
+        known = concrete(*jax.tree.leaves(params))
         leaves, treedef = jax.tree.flatten(jax.tree.map(_struct, params))
         points, point_tree = jax.tree.flatten(jax.tree.map(_struct, x))
 
@@ -52,7 +53,8 @@ class Plan:
             return _tree.ravel(f(jax.tree.unflatten(treedef, leaves), jax.tree.unflatten(point_tree, points)))
 
         jaxpr = jax.make_jaxpr(outputs)(leaves, points)
-        if walk.holds(jaxpr.jaxpr, ("custom_vjp_call", "custom_jvp_call")):
+        # With known numbers `rows` sees it at once, where the check would take longer than all the rest.
+        if not known and walk.holds(jaxpr.jaxpr, ("custom_vjp_call", "custom_jvp_call")):
             # Another function, since a trace of the same one is remembered.
             _check_rules(lambda: jax.make_jaxpr(lambda *args: outputs(*args))(leaves, points))
         marks: list[Mark | None] = [_mark(i, leaf) for i, leaf in enumerate(leaves)] + [None] * len(points)
@@ -110,6 +112,12 @@ class Plan:
         )
 
 
+BOUND = (
+    "f: a custom_vjp or custom_jvp that is made inside of f closes over its arguments; pass them to it as arguments of "
+    "its own, or take rows='plain'"
+)
+
+
 class BoundRuleError(TypeError):
     """A rule for derivatives holds values of the trace that it was made in, and cannot be used in another."""
 
@@ -122,10 +130,7 @@ def _check_rules(trace: Callable[[], Any]) -> None:
     except Exception as error:
         if "eaked" not in str(error):
             raise
-        raise BoundRuleError(
-            "f: a custom_vjp or custom_jvp that is made inside of f closes over its arguments; pass them to it as "
-            "arguments of its own, or take rows='plain'"
-        ) from error
+        raise BoundRuleError(BOUND) from error
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
@@ -168,7 +173,10 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         deltas = [jax.vmap(use.sensitivity)(delta) for (_, (use, _)), delta in zip(kept, deltas, strict=True)]
         return others, deltas, gradients
 
-    others, deltas, gradients = _tree.raised(jax.vmap(one)(points))
+    try:
+        others, deltas, gradients = _tree.raised(jax.vmap(one)(points))
+    except jax.errors.UnexpectedTracerError as error:
+        raise BoundRuleError(BOUND) from error
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
         built[i] = _weighted(_centred(gradient, roots) if centred else gradient, roots)

@@ -77,10 +77,9 @@ def pulled_back(
             raise ValueError("chunk_size: products of centred rows see all samples at once; leave it out")
         return Implicit(_Outputs(f, centre), params, (points, roots), chunk_size=form.chunk_size)
     theta = _tree.raised(params)
-    plan = _layers(f, theta, points, form, centre)
-    if plan is not None:
-        rows = layers.rows(plan, theta, points, roots, centred=centre == 0, always=form.rows == "layers")
-        return Gram(rows, residual)
+    factored = _layer_rows(f, theta, points, roots, form, centre)
+    if factored is not None:
+        return Gram(factored, residual)
     common = _common(f, theta, points, roots, form) if centre == 0 else None
     plain = lambda data: _rows(f, theta, data, form.jac, centre, common)  # noqa: E731
     if form.chunk_size is None:
@@ -89,8 +88,8 @@ def pulled_back(
     return Dense(chunked_sum(gram, (points, roots), min(form.chunk_size, n)), Space.of(params))
 
 
-def _layers(f: OfOne, theta: PyTree, points: PyTree, form: Form, centre: int | None) -> layers.Plan | None:
-    """The walk over f, where rows in factors are asked for or, by their shapes, smaller; else None."""
+def _layer_rows(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: Form, centre: int | None) -> PyTree | None:
+    """The rows in factors, where that is asked for or, by their shapes, smaller; else None."""
     if form.rows == "plain" or form.jac != "auto" or form.chunk_size is not None:
         return None
     n, leaves = leading_axis(points, "points"), jax.tree.leaves(theta)
@@ -108,11 +107,12 @@ def _layers(f: OfOne, theta: PyTree, points: PyTree, form: Form, centre: int | N
         return None
     try:
         plan = layers.Plan.of(f, theta, one_of(points))
+        if form.rows == "layers" or plan.followed():
+            return layers.rows(plan, theta, points, roots, centred=centre == 0, always=form.rows == "layers")
     except layers.BoundRuleError:
         if form.rows == "layers":
             raise
-        return None
-    return plan if form.rows == "layers" or plan.followed() else None
+    return None
 
 
 Common = tuple[PyTree, PyTree]
