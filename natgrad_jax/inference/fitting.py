@@ -22,7 +22,7 @@ from natgrad_jax.inference.results import FitResult, Status
 from natgrad_jax.inference.retracted import OfFamily, OfObjective
 from natgrad_jax.inference.targets import Minibatch, checked
 
-LEAST_DRAWS = 60  # of a Gaussian; with 40, one eight schools in a hundred stops more than 0.1 nat below its best
+LEAST_DRAWS = 60  # of a Gaussian; with 40, four eight schools in a thousand stop more than 0.1 nat below their best
 OTHER_DRAWS = 64  # of any other family
 LARGEST_SUM = 4096  # configurations of a finite family, up to which it is summed without being asked
 WHITENED = (GaussianFullRank, GaussianPrecision, GaussianMeanField)
