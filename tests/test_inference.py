@@ -1,6 +1,7 @@
 """Objectives against enumeration, fit against known answers, and the problems against scipy and numpy."""
 
 import itertools
+from typing import NamedTuple
 
 import cases
 import jax
@@ -12,7 +13,7 @@ from cases import error, flat
 from scipy.special import logsumexp
 
 import natgrad_jax as ng
-from natgrad_jax.inference import Status
+from natgrad_jax.inference import Status, descent
 
 full_rank, mean_field = ng.families.gaussian_full_rank, ng.families.gaussian_mean_field
 
@@ -357,6 +358,25 @@ def test_a_target_with_forbidden_regions_is_not_finite(seed, dtype):
     assert "non_finite" in str(result) and "not finite" in str(result)
 
 
+def test_a_mean_field_of_many_dimensions_takes_few_draws(dtype):
+    """KL(q‖p) of a Gaussian p with precision Λ is least, ½(Σ log Λ_ii − log|Λ|), at N(m, 1/Λ_ii)."""
+    d, link = 200, 0.2
+    precision = np.eye(d) - link * (np.eye(d, k=1) + np.eye(d, k=-1))
+    mean, unit = np.linspace(-3, 3, d), np.logspace(-2, 2, d)
+
+    def log_density(x):
+        e = x / unit.astype(x.dtype) - mean.astype(x.dtype)
+        return -0.5 * (jnp.sum(e * e) - 2 * link * jnp.sum(e[1:] * e[:-1]))
+
+    result = ng.fit(log_density, mean_field(d), jax.random.key(0), init=init(mean_field(d), dtype))
+    assert int(result.status) == Status.CONVERGED
+    assert int(result.gradients) == 64 * int(result.steps)
+    loc, log_scale = flat(result.params.loc) / unit - mean, flat(result.params.log_scale) - np.log(unit)
+    scale = np.exp(log_scale)
+    gap = 0.5 * (np.sum(scale**2) + loc @ precision @ loc - d) - np.sum(log_scale)  # KL − least KL
+    assert 0 <= gap < 0.1
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_log_density_without_a_number_is_not_finite(value, dtype):
     family = mean_field(2)
@@ -548,3 +568,76 @@ def test_ising_has_the_published_constants(index, float64):
     entropy = -(up * np.log(up) + (1 - up) * np.log1p(-up))
     best = np.max(16 * (2 * model.beta * m**2 + model.field * m + entropy))
     np.testing.assert_allclose(model.best, best, atol=1e-7)
+
+
+# When to stop.
+
+
+class Still(NamedTuple):
+    """A geometry whose points do not move and whose gradients are given: `gradients[i]` at the i-th evaluation."""
+
+    gradients: np.ndarray
+    noisy = True
+    first_radius = 0.5
+
+    def evaluate(self, point, key):
+        return descent.Estimate(jnp.zeros(()), jnp.ones(()), jnp.asarray(self.gradients)[key])
+
+    def inner(self, a, b):
+        return a @ b
+
+    def advance(self, point, gradient, rate, radius):
+        return descent.Move(point, radius / 2, rate, None)
+
+    def narrower(self, point):
+        return point
+
+    def average(self, point):
+        return point
+
+    def include(self, average, point, share):
+        return (1 - share) * average + share * point
+
+    def carry(self, average, change):
+        return average
+
+    def mean(self, average, point):
+        return average
+
+
+def gap_after(gradients):
+    """½gᵀF⁻¹g as it is estimated after each of the gradients."""
+    geometry = Still(np.asarray(gradients))
+    state = descent.start(geometry, jnp.zeros(()), jnp.asarray(0))
+    gaps = []
+    for i in range(len(gradients)):
+        state = descent.step(geometry, state, jnp.asarray(i))
+        gaps.append(float(descent.natural_norm(state)) / 2)
+    return np.array(gaps)
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0, 4.0])
+def test_the_gap_is_estimated_without_the_noise(signal, float64):
+    """Gradients of squared length signal + 400: what is left is the signal, give or take the noise of the mean."""
+    noise = np.random.default_rng(0).normal(size=(60, 400))
+    true = np.zeros(400)
+    true[0] = 10 * np.sqrt(signal)
+    gaps = gap_after(true + noise)[20:]
+    assert abs(np.mean(gaps) - 50 * signal) < 10
+    assert np.std(gaps) < 15
+
+
+def test_the_gap_forgets_long_gradients_at_once(float64):
+    """Ten gradients of length 1000 and then short ones: after two of these nothing is left of the first."""
+    ten = np.tile([1000.0, 0.0], (10, 1))
+    gaps = gap_after(np.concatenate([ten, np.tile([1.0, 0.0], (4, 1))]))
+    np.testing.assert_allclose(gaps[9], 5e5, rtol=1e-12)
+    assert gaps[10] > 1e4  # the larger of the last two counts
+    assert gaps[11] < 2
+
+
+def test_gradients_that_turn_leave_no_gap(float64):
+    """Two gradients of one length at right angles have nothing in common, and opposite ones less than nothing."""
+    square = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    np.testing.assert_allclose(gap_after(np.tile(square, (3, 1)))[1:], 0, atol=1e-12)
+    assert np.all(gap_after(np.tile(square[::2], (4, 1)))[1:] == -0.5)
