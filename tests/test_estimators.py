@@ -390,6 +390,18 @@ def test_a_changed_closure_is_an_error(float64):
         ng.fit(log_density, FAMILIES.gaussian_full_rank(1), jax.random.key(0))
 
 
+def test_an_objective_whose_variables_have_changed_is_an_error(float64):
+    metric, centre = ng.metrics.scales(jnp.ones(2)), jnp.ones(2)
+
+    def objective(x):
+        return jnp.sum((x - centre) ** 2)
+
+    np.testing.assert_allclose(inference.minimise(objective, metric, jnp.zeros(2)).params, 1, atol=0.2)
+    centre = jnp.zeros(2)
+    with pytest.raises(ValueError, match=r"objective: 'centre'.*has changed"):
+        inference.minimise(objective, metric, jnp.zeros(2))
+
+
 def test_a_key_used_twice_is_seen_by_jax():
     key = jax.random.key(0)
     with jax.debug_key_reuse(True), pytest.raises(Exception, match=r"reuse|consumed"):

@@ -434,6 +434,10 @@ MISTAKES = {
         ValueError, "init.*NaN",
     ),
     "randomness": (lambda key: ng.fit(noise, full_rank(2), key), ValueError, "log_density.*Python state.*data"),
+    "random objective": (
+        lambda key: ng.inference.minimise(noise, ng.metrics.scales(jnp.ones(2)), jnp.zeros(2)),
+        ValueError, "objective.*Python state.*data",
+    ),
     "no estimator": (
         lambda key: ng.fit(lambda x: x[0], full_rank(2), key, estimator=ng.inference.stl),
         TypeError, "estimator.*called",

@@ -20,7 +20,7 @@ from natgrad_jax.inference.draws import Draws, Fixed, Independent, antithetic, i
 from natgrad_jax.inference.estimators import ClosedForm, Estimator, Exact, Price, Score
 from natgrad_jax.inference.results import FitResult, Status
 from natgrad_jax.inference.retracted import OfFamily, OfObjective
-from natgrad_jax.inference.targets import Minibatch, checked
+from natgrad_jax.inference.targets import Minibatch, checked, checked_twice
 
 LEAST_DRAWS = 60  # of a Gaussian; with 40, four eight schools in a thousand stop more than 0.1 nat below their best
 OTHER_DRAWS = 64  # of any other family, and of a mean field of which orthogonal pairs would be more
@@ -194,9 +194,7 @@ def minimise(
     max_steps = dimension(max_steps, "max_steps", "n")
     params = jax.tree.map(jnp.asarray, params)
     arguments = (params,) if data is None else (params, data)
-    out = jax.eval_shape(objective, *arguments)
-    if getattr(out, "shape", None) != ():
-        raise ValueError(f"objective: expected a scalar, got {jax.tree.map(lambda s: s.shape, out)}")
+    checked_twice(objective, arguments, "objective", "params")
     solver = solvers.check_solver(solvers.auto() if solver is None else solver)
     return _minimise(objective, metric, solver, retract, int(max_steps), bool(keep_path), params, data, damping, tol)
 

@@ -116,41 +116,53 @@ def checked(log_density: Any, x: PyTree, data: PyTree, what: str) -> tuple[Calla
         leading_axis(data, "data")
         one = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], data))
         _check_scalar(jax.eval_shape(log_density.log_likelihood, x, one), "one x and one example", "log_likelihood")
+    arguments = (x,) if data is None else (x, data)
+    jaxpr = checked_twice(log_density, arguments, "log_density", what)
+    if jaxpr is None:
+        return log_density, data
+    if isinstance(log_density, Minibatch):
+        raise ValueError(
+            "log_density: inference.minibatch cannot close over what jit or vmap traces; pass it through `data`"
+        )
+    return _hoisted(jaxpr, jax.tree.structure(arguments)), (data, list(jaxpr.consts))
+
+
+def checked_twice(f: Callable[..., Any], arguments: tuple[PyTree, ...], name: str, what: str) -> Any:
+    """Raise unless f is a real scalar, and the same function whenever it is called; see `checked`.
+
+    Returns:
+        Its jaxpr if it closes over what jit or vmap traces; else None, and its variables are remembered.
+    """
     try:
-        hash(log_density)
+        hash(f)
     except TypeError:
         raise TypeError(
-            f"log_density: expected a function that can be hashed, as a program is compiled for each; "
-            f"got {type(log_density).__name__}. Wrap it, lambda x: f(x), once"
+            f"{name}: expected a function that can be hashed, as a program is compiled for each; "
+            f"got {type(f).__name__}. Wrap it, lambda x: f(x), once"
         ) from None
-    arguments = (x,) if data is None else (x, data)
-    if _unchanged(log_density):
-        _check_scalar(jax.eval_shape(log_density, *arguments), what)
-        return log_density, data
+    if _unchanged(f, name):
+        _check_scalar(jax.eval_shape(f, *arguments), what, name)
+        return None
     # A new function each time: JAX would remember the trace of the same one.
-    trace = lambda: jax.make_jaxpr(lambda *args: log_density(*args), return_shape=True)(*arguments)  # noqa: E731
+    trace = lambda: jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*arguments)  # noqa: E731
     (jaxpr, out), (again, _) = trace(), trace()
-    _check_scalar(out, what)
+    _check_scalar(out, what, name)
     if not _same(jaxpr, again):
         raise ValueError(
-            "log_density: expected the same function at every call, got two different ones when it was traced twice. "
+            f"{name}: expected the same function at every call, got two different ones when it was traced twice. "
             "It depends on Python state (a counter, numpy.random): pass what changes through `data`"
         )
     if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
-        if isinstance(log_density, Minibatch):
-            raise ValueError(
-                "log_density: inference.minibatch cannot close over what jit or vmap traces; pass it through `data`"
-            )
-        return _hoisted(jaxpr, jax.tree.structure(arguments)), (data, list(jaxpr.consts))
-    _remember(log_density)
-    return log_density, data
+        return jaxpr
+    _remember(f)
+    return None
 
 
-def _check_scalar(out: Any, what: str, name: str = "log_density") -> None:
+def _check_scalar(out: Any, what: str, name: str) -> None:
     if getattr(out, "shape", None) != ():
         raise ValueError(
             f"{name}: expected a scalar for {what}, got {jax.tree.map(lambda s: s.shape, out)}. "
-            "Sum over data points and components; x has no batch axis."
+            "Sum over data points and components; there is no batch axis."
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"{name}: expected a real floating-point number, got {out.dtype}")
@@ -224,7 +236,7 @@ def _remember(f: Any) -> None:
         return
 
 
-def _unchanged(f: Any) -> bool:
+def _unchanged(f: Any, name: str) -> bool:
     """Whether it was seen before; a `ValueError` if a variable that it uses is another one now."""
     try:
         before = _seen.get(f)
@@ -232,10 +244,10 @@ def _unchanged(f: Any) -> bool:
         return False
     if before is None:
         return False
-    for name, value in _uses(f).items():
-        if not _identical(before.get(name), value):
+    for variable, value in _uses(f).items():
+        if not _identical(before.get(variable), value):
             raise ValueError(
-                f"log_density: {name!r}, which it uses, has changed since it was compiled, and the compiled program "
+                f"{name}: {variable!r}, which it uses, has changed since it was compiled, and the compiled program "
                 "would not see it. Pass what changes through `data`, or define the function anew"
             )
     return True
