@@ -42,8 +42,8 @@ def test_layer_rows_are_the_jacobian(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_centred_layer_rows_are_the_centred_jacobian(name, float64):
-    check_rows_of(CASES[name], True, float64)
+def test_centred_layer_rows_are_the_centred_jacobian(name, dtype):
+    check_rows_of(CASES[name], True, dtype)
 
 
 @pytest.mark.parametrize("name", ["recurrent", "convolution", "tied to its transpose"])
@@ -156,10 +156,13 @@ def test_auto_takes_layers_where_they_are_smaller(float64):
     """Shapes alone decide: rows of n·k < p numbers, and leaves whose factors are at most half of them."""
     wide = [(np.zeros((20, 30)), np.zeros(30)), (np.zeros((30, 2)), np.zeros(2))]
     metric = metrics.gauss_newton(lambda p, batch: mlp(p, batch[0]), metrics.losses.squares())
-    for n, expected in ((10, [True, False, True, False]), (400, [False] * 4)):
+    quantum = metrics.quantum_geometric(lambda p, x: jnp.sum(mlp(p, x[None])))
+    for n, expected in ((10, [True, False, True, False]), (1000, [False] * 4)):
         batch = (jnp.zeros((n, 20)), jnp.zeros((n, 2)))
         rows = metric(wide, batch=batch).rows
         assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == expected
+        rows = quantum(cast(wide, jnp.float32), samples=batch[0]).rows  # one output: 60 numbers are not twice 32
+        assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == [n == 10, False, False, False]
 
 
 def test_one_walk_serves_every_batch(float64):
@@ -201,8 +204,30 @@ def test_a_large_common_part_is_taken_out_of_rows(dtype):
         (factored.space.ravel(factored.diagonal()), plain.space.ravel(plain.diagonal())),
     ):  # fmt: skip
         assert error(got, expected) < bound
+    a, e = np.asarray(x, float), rng.normal(size=6)
+    rows = np.einsum("ni,no->nio", a, 1 - np.tanh(a @ np.asarray(w, float)) ** 2).reshape(6, -1)
+    rows = (rows - rows.mean(0)) / 6**0.5
+    g = factored.transposed_times(jnp.asarray(e, dtype))
+    for rule, d in ((damping.absolute(1e-6), 1e-6), (damping.relative(1e-2), 1e-2 * np.sum(rows**2, 0))):
+        step = rows.T @ np.linalg.solve((rows / d) @ rows.T + np.eye(6), e) / d
+        solution = solvers.solve(factored, g, solver=solvers.row_space(), damping=rule)
+        assert error(solution.value.reshape(-1), step) < max(bound, 1e-9)
     equal = jax.jit(metric("layers"))(w, samples=jnp.repeat(x[:1], 3, axis=0))
-    assert np.max(equal.scale()) < 100 * eps(dtype)
+    assert np.max(equal.scale()) == 0 and np.max(jnp.abs(equal.kernel(one))) == 0
+
+
+def test_entries_that_do_not_vary_have_no_curvature(dtype):
+    """xᵀWx at x_i = ±a_i: the factors of W_ii change their sign together, and its rows, a_i², are all the same."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.choice([-1.0, 1.0], size=(9, 6)) * np.linspace(0.3, 1.7, 6), dtype)
+    metric = metrics.quantum_geometric(lambda w, x: x @ w @ x, rows="layers")
+    operator = jax.jit(metric)(jnp.zeros((6, 6), dtype), samples=x)
+    assert is_outer(operator.rows)
+    rows = np.einsum("ni,nj->nij", *(np.asarray(x, float),) * 2)
+    expected = np.std(rows, axis=0)
+    lengths = operator.space.unravel(operator.scale())
+    np.testing.assert_allclose(lengths, expected, rtol=100 * eps(dtype), atol=10 * eps(dtype))
+    np.testing.assert_allclose(operator.diagonal(), expected**2, rtol=100 * eps(dtype), atol=(10 * eps(dtype)) ** 2)
 
 
 def test_a_rule_that_closes_over_the_example_has_plain_rows(float64):

@@ -183,24 +183,18 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
     for leaf in followed:
         places = [j for j, (_, (use, _)) in enumerate(kept) if use.leaf == leaf]
         layout = kept[places[0]][1][0].layout
-        pairs = [(others[j][:, None], _roots(roots, 5).astype(deltas[j].dtype) * deltas[j]) for j in places]
-        built[leaf] = _outer(plan, leaf, layout, pairs, roots if centred else None)
+        outer = _outer(plan, leaf, layout, [(others[j][:, None], deltas[j]) for j in places])
+        built[leaf] = outer.centred(roots) if centred else outer.weighted(roots)
     return jax.tree.unflatten(treedef, [built[i] for i in range(len(leaves))])
 
 
-def _outer(plan: Plan, leaf: int, layout: Layout, pairs: list[tuple[Array, Array]], roots: Array | None) -> Outer:
+def _outer(plan: Plan, leaf: int, layout: Layout, pairs: list[tuple[Array, Array]]) -> Outer:
     """The uses of a leaf, one after the other along the positions."""
     orders = plan.orders(leaf)
     assert orders is not None
     sides = [pair[::-1] if exchanged else pair for pair, exchanged in zip(pairs, orders, strict=True)]
     left, right = (_along_positions([pair[side] for pair in sides]) for side in (0, 1))
-    outer = Outer(left, right, layout, plan.k)
-    if roots is None:
-        return outer
-    total = jnp.sum(jnp.square(roots))
-    one_hot = roots[:, None, None] * jnp.eye(plan.k, dtype=roots.dtype) / total
-    shift = jax.vmap(lambda u: outer.transposed_times(u.reshape(-1)), in_axes=1)(one_hot)
-    return replace(outer, centre=(roots.astype(outer.dtype), shift))
+    return Outer(left, right, layout, plan.k)
 
 
 def _along_positions(parts: list[Array]) -> Array:

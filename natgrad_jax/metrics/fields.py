@@ -56,8 +56,7 @@ def quantum_geometric(
         chunk_size: samples at a time: a `Dense` in place of the rows.
         matrix_free: an `Implicit`, for `cg`.
         rows: "auto": in factors (see `layers.capture`) where these are smaller, for fewer rows than parameters, with
-            jac="auto" and without chunk_size, in double precision; "layers": wherever it can be, also in single, where
-            nearly equal rows lose digits when they are centred; "plain": never.
+            jac="auto" and without chunk_size; "layers": wherever it can be; "plain": never.
 
     Returns:
         metric(params, *, samples, weights=None) -> operator. `samples` are drawn from |ψ|², a mean over them; or they

@@ -100,9 +100,7 @@ def _layer_rows(f: OfOne, theta: PyTree, points: PyTree, roots: Array, form: For
             "rows: 'layers' are for real parameters and outputs, and not for draws that are centred for each input; "
             "expected 'auto' or 'plain' here"
         )
-    # Out of factors a mean is taken at a loss of digits, which single precision has not to lose.
-    single = centre == 0 and jnp.finfo(out.dtype).bits < 64
-    pays = n * out.size < sum(x.size for x in leaves) and not single
+    pays = n * out.size < sum(x.size for x in leaves)
     if centre == 1 or not real or (form.rows == "auto" and not pays):
         return None
     try:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from natgrad_jax._tree import PyTree, accumulator
 
 Step = tuple[str, tuple[int, ...]]
 BLOCK = 2**21  # numbers that are made at a time, of explicit rows or of a kernel of positions
-LOST = 0.25  # part of the digits that centring may take; where it would take more, rows are made first
+LOST = 0.25  # part of the digits that differences of products may take; where they would take more, rows are made
 
 
 @jax.tree_util.register_static
@@ -51,9 +51,30 @@ class Layout:
         return matrices
 
 
+class Centre(NamedTuple):
+    """What is taken out of rows: the row of one example, and then how far the mean is from it.
+
+    The rounding of a large common part stays in the common part, as it does in rows that are made.
+
+    Attributes:
+        roots: (n,), √w of the examples, which multiply what is left of their rows.
+        left: (1, k or 1, G, T, I), of that one example.
+        right: (1, k or 1, G, T, O), likewise.
+        shift: (k, *leaf), the mean of the differences of rows, with weights w.
+    """
+
+    roots: Array
+    left: Array
+    right: Array
+    shift: Array
+
+
 @dataclass(frozen=True)
 class Outer:
     """N = n·k rows of a leaf: row (i, j) = Σ_t left[i, j, g, t, :] ⊗ right[i, j, g, t, :], as G matrices (I, O).
+
+    With a centre (a₀, δ₀, shift) left and right are the differences d, e to a₀ and δ₀, and
+    row (i, j) = roots[i]·(Σ_t ((a₀ + d) ⊗ (δ₀ + e) − a₀ ⊗ δ₀) − shift[j]).
 
     Nothing of their size N·p is made, but for a kernel in units that differ from entry to entry.
 
@@ -62,14 +83,39 @@ class Outer:
         right: (n, k or 1, G, T, O).
         layout: from the leaf to G matrices (I, O).
         k: rows for each example.
-        centre: roots (n,) and shift (k, *leaf): roots[i]·shift[j] is taken out of row (i, j). Or None.
+        centre: what is taken out, or None.
     """
 
     left: Array
     right: Array
     layout: Layout
     k: int
-    centre: tuple[Array, Array] | None = None
+    centre: Centre | None = None
+
+    def centred(self, roots: Array) -> "Outer":
+        """Rows without their mean over the examples with weights roots², times roots."""
+        first = jnp.argmax(roots)
+        left, right = (jax.lax.dynamic_index_in_dim(x, first, keepdims=True) for x in (self.left, self.right))
+        apart = replace(self, left=self.left - left, right=self.right - right)
+        roots = roots.astype(self.dtype)
+        weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
+        one_hot = weights[:, None, None] * jnp.eye(self.k, dtype=roots.dtype)
+        terms = replace(apart, centre=Centre(roots, left, right, jnp.zeros(()))).terms()
+        shift = jax.vmap(lambda u: terms.transposed_times(u.reshape(-1)), in_axes=1)(one_hot)
+        return replace(apart, centre=Centre(roots, left, right, shift))
+
+    def terms(self) -> "Outer":
+        """Without a centre: of a centred one, d ⊗ (δ₀ + e) + a₀ ⊗ e as twice the positions, before roots and shift."""
+        if self.centre is None:
+            return self
+        _, left, right, _ = self.centre
+        first = jnp.broadcast_to(left, (len(self.left), *left.shape[1:]))
+        return replace(
+            self,
+            left=jnp.concatenate([self.left, first], axis=3),
+            right=jnp.concatenate([right + self.right, self.right], axis=3),
+            centre=None,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,6 +129,9 @@ class Outer:
 
     def times(self, v: Array) -> Array:
         """Av, shape (N,)."""
+        if self.centre is not None:
+            apart = self.terms().times(v).reshape(-1, self.k)
+            return (self.centre.roots[:, None] * (apart - jnp.tensordot(self.centre.shift, v, jnp.ndim(v)))).reshape(-1)
         matrices = self.layout.matrices(v)
         if self.left.shape[1] <= self.right.shape[1]:
             seen = jnp.einsum("nkgti,gio->nkgto", self.left, matrices)
@@ -90,81 +139,95 @@ class Outer:
         else:
             seen = jnp.einsum("nkgto,gio->nkgti", self.right, matrices)
             product = jnp.sum(seen * self.left, axis=(2, 3, 4))
-        product = jnp.broadcast_to(product, (product.shape[0], self.k))
-        if self.centre is not None:
-            roots, shift = self.centre
-            product = product - roots[:, None] * jnp.tensordot(shift, v, jnp.ndim(v))
-        return product.reshape(-1)
+        return jnp.broadcast_to(product, (product.shape[0], self.k)).reshape(-1)
 
     def transposed_times(self, u: Array) -> Array:
         """Aᵀu, shaped like the leaf."""
         u = u.reshape(-1, self.k)
+        if self.centre is not None:
+            u = self.centre.roots[:, None] * u
+            return self.terms().transposed_times(u) - jnp.tensordot(jnp.sum(u, axis=0), self.centre.shift, 1)
         left, right = self.left, self.right
         weights = u[:, :, None, None, None]
         if left.shape[1] == 1:
             right = jnp.sum(weights * right, axis=1, keepdims=True)
         else:
             left = jnp.sum(weights * left, axis=1, keepdims=True) if right.shape[1] == 1 else weights * left
-        product = self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
-        if self.centre is None:
-            return product
-        roots, shift = self.centre
-        return product - jnp.tensordot(roots @ u, shift, 1)
+        return self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
 
     def squares(self) -> Array:
         """Σ over the rows of their squares, (*leaf,): the diagonal of AᵀA."""
         if self.left.shape[3] > 1:
             return self._squares_of_rows()
-        left, right = jnp.square(self.left[:, :, :, 0]), jnp.square(self.right[:, :, :, 0])
+        if self.centre is None:
+            return self._sum_of_products(jnp.square(self.left), jnp.square(self.right))
+        # (dδ + a₀e)² term by term; Σ w (dδ + a₀e) = Σ w · shift, so that the cross term with it is twice its square.
+        terms, weights = self.terms(), jnp.square(self.centre.roots)
+        (d, first), (delta, e) = (jnp.split(x, 2, axis=3) for x in (terms.left, terms.right))
+        squares = self._sum_of_products(jnp.square(terms.left), _column(weights, 5) * jnp.square(terms.right))
+        crossed = 2 * self._sum_of_products(d * first, _column(weights, 5) * delta * e)
+        centred = squares + crossed - jnp.sum(weights) * jnp.sum(jnp.square(self.centre.shift), axis=0)
+        kept = jnp.all(_remain(centred, squares))
+        return jax.lax.cond(kept, lambda: centred, self._squares_of_rows)
+
+    def _sum_of_products(self, left: Array, right: Array) -> Array:
+        """Σ over rows and positions of left ⊗ right, shaped like the leaf."""
         if left.shape[1] != right.shape[1]:
             left, right = jnp.sum(left, axis=1, keepdims=True), jnp.sum(right, axis=1, keepdims=True)
         repeated = self.k if self.left.shape[1] == self.right.shape[1] == 1 else 1
-        squares = repeated * self.layout.leaf(jnp.einsum("nkgi,nkgo->gio", left, right))
-        if self.centre is None:
-            return squares
-        # Σ_i roots_i · row_i = Σ roots² · shift, so that the cross term is twice the last one.
-        roots, shift = self.centre
-        centred = squares - jnp.sum(jnp.square(roots)) * jnp.sum(jnp.square(shift), axis=0)
-        return jax.lax.cond(_remain(centred, squares), lambda: centred, self._squares_of_rows)
+        return repeated * self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
 
     def _squares_of_rows(self) -> Array:
         return self._over_examples(lambda rows: jnp.sum(jnp.square(rows), axis=0))
 
     def lengths(self) -> Array:
         """√squares, for rows of any size."""
-        # Of each example by itself first: what is large in one factor may be small in the other.
         unit = lambda x, size: x / jnp.where(size > 0, size, 1)  # noqa: E731
-        size = jnp.max(jnp.abs(self.left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
-        left, right = unit(self.left, size), self.right * size
-        inside, out = _largest(left), _largest(right)
+        left, right, centre = self.left, self.right, self.centre
+        if centre is None:
+            # Of each example by itself first: what is large in one factor may be small in the other.
+            size = jnp.max(jnp.abs(left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
+            left, right = unit(left, size), right * size
+            inside, out = _largest(left), _largest(right)
+        else:
+            inside = jnp.maximum(_largest(left), _largest(centre.left))
+            out = jnp.maximum(_largest(right), _largest(centre.right))
         frame = self.layout.leaf(inside[:, :, None] * out[:, None, :])
-        centre = None if self.centre is None else (self.centre[0], unit(self.centre[1], frame))
+        if centre is not None:
+            roots, first, other, shift = centre
+            centre = Centre(roots, unit(first, inside[:, None]), unit(other, out[:, None]), unit(shift, frame))
         scaled = replace(self, left=unit(left, inside[:, None]), right=unit(right, out[:, None]), centre=centre)
         return frame * _tree.root(scaled.squares())
+
+    def weighted(self, roots: Array) -> "Outer":
+        """Rows times roots, (n,) or (n, k)."""
+        column = roots.reshape(*roots.shape, *(1,) * (5 - roots.ndim))
+        return replace(self, right=column.astype(self.right.dtype) * self.right)
 
     def scaled(self, c: Any) -> "Outer":
         """c times the rows."""
         times = lambda x: (c * x).astype(x.dtype)  # noqa: E731
-        centre = None if self.centre is None else (times(self.centre[0]), self.centre[1])
-        return replace(self, right=times(self.right), centre=centre)
+        if self.centre is not None:
+            return replace(self, centre=self.centre._replace(roots=times(self.centre.roots)))
+        return replace(self, right=times(self.right))
 
     def explicit(self) -> Array:
         """The rows, (N, *leaf)."""
-        rows = self.layout.leaf(jnp.einsum("nkgti,nkgto->nkgio", *_paired(self.left, self.right)))
+        terms = self.terms()
+        rows = self.layout.leaf(jnp.einsum("nkgti,nkgto->nkgio", *_paired(terms.left, terms.right)))
         rows = jnp.broadcast_to(rows, (rows.shape[0], self.k, *self.layout.shape))
         if self.centre is not None:
-            roots, shift = self.centre
-            rows = rows - _column(roots, rows.ndim) * shift
+            rows = _column(self.centre.roots, rows.ndim) * (rows - self.centre.shift)
         return rows.reshape(-1, *self.layout.shape)
 
     def _over_examples(self, f: Any) -> Array:
         """Σ f(rows) over the examples, a few at a time."""
         size = max(BLOCK // max(self.k * math.prod(self.layout.shape), 1), 1)
-        roots, shift = (None, None) if self.centre is None else self.centre
+        roots = None if self.centre is None else self.centre.roots
 
         def part(data: tuple[Array, Array, Any]) -> Array:
             left, right, roots = data
-            centre: Any = None if roots is None else (roots, shift)
+            centre = None if self.centre is None else self.centre._replace(roots=roots)
             return f(replace(self, left=left, right=right, centre=centre).explicit())
 
         return _tree.chunked_sum(part, (self.left, self.right, roots), min(size, self.left.shape[0]))
@@ -173,37 +236,67 @@ class Outer:
         """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf, which takes explicit rows."""
         if jnp.ndim(inverse) or self._rows_are_cheaper():
             return self._kernel_of_rows(inverse)
-        kernel = self._kernel_of_pairs() if self.left.shape[3] > 1 else self._kernel_of_products()
+        many = self.left.shape[3] > 1
         if self.centre is None:
-            return jnp.square(inverse) * kernel
-        # With r (N, k) the roots, (A − rs)(A − rs)ᵀ = AAᵀ − (As)rᵀ − r(As)ᵀ + r ssᵀ rᵀ: one product beside AAᵀ.
-        roots, shift = self.centre
-        roots, flat = jnp.kron(roots[:, None], jnp.eye(self.k, dtype=self.dtype)), shift.reshape(self.k, -1)
-        means = jax.lax.map(replace(self, centre=None).times, shift).T - 0.5 * roots @ (flat @ flat.T)
-        taken = jnp.concatenate([roots, means], axis=1) @ jnp.concatenate([means, roots], axis=1).T
-        centred = kernel - taken
-        kept = _remain(_tree.diagonal(centred), _tree.diagonal(kernel))
-        centred = jax.lax.cond(kept, lambda: centred, lambda: self._kernel_of_rows(jnp.ones((), self.dtype)))
-        return jnp.square(inverse) * centred
+            return jnp.square(inverse) * (self._kernel_of_pairs() if many else self._kernel_of_products())
+        kernel = self._centred_kernel(self.terms()._kernel_of_pairs() if many else self._kernel_of_products())
+        kept = _remain(jnp.trace(kernel), self._size())
+        kernel = jax.lax.cond(kept, lambda: kernel, lambda: self._kernel_of_rows(jnp.ones((), self.dtype)))
+        return jnp.square(inverse) * kernel
+
+    def _centred_kernel(self, kernel: Array) -> Array:
+        """That of rows without their mean, times roots, from that of rows with any common part."""
+        assert self.centre is not None
+        n, k, roots = len(self.left), self.k, self.centre.roots
+        weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
+        means = jnp.tensordot(weights, kernel.reshape(n, k, n * k), 1)  # ⟨mean of the rows of output j, row⟩
+        mean = jnp.einsum("j,ajb->ab", weights, means.reshape(k, n, k))
+        left = (means.reshape(k, n, k) - 0.5 * mean[:, None]).transpose(1, 2, 0).reshape(n * k, k)
+        # With U (N, k) the ones of every output, K − left Uᵀ − U leftᵀ: one product.
+        ones = jnp.tile(jnp.eye(k, dtype=kernel.dtype), (n, 1))
+        taken = jnp.concatenate([ones, left], axis=1) @ jnp.concatenate([left, ones], axis=1).T
+        scale = jnp.repeat(roots, k)
+        return (kernel - taken) * scale * scale[:, None]
+
+    def _size(self) -> Array:
+        """Σ of the squared lengths of the terms of the rows, of which their kernel has the rounding."""
+        assert self.centre is not None
+        terms = self.terms()
+        left, right = (jnp.sum(jnp.square(x), axis=4) for x in (terms.left, terms.right))
+        sizes = jnp.sum(jnp.broadcast_to(left * right, (len(left), self.k, *left.shape[2:])), axis=(1, 2, 3))
+        return jnp.square(self.centre.roots) @ sizes
 
     def _rows_are_cheaper(self) -> bool:
         n, _, _, t, i = self.left.shape
-        o, rows = self.right.shape[-1], n * self.k
-        return t > 1 and (rows + t) * i * o < rows * t * t * (i + o)
+        o, rows, terms = self.right.shape[-1], n * self.k, t if self.centre is None else 2 * t
+        return t > 1 and (rows + terms) * i * o < rows * terms * terms * (i + o)
 
     def _kernel_of_products(self) -> Array:
-        """Σ_g (left leftᵀ)∘(right rightᵀ)."""
+        """Σ_g (left leftᵀ)∘(right rightᵀ), with a centre before roots and shift."""
         n, k = len(self.left), self.k
 
         def gram(x: Array) -> Array:
+            """(n, k, n, k)."""
             flat = x.reshape(-1, x.shape[-1])
             product = jax.lax.dot_general(flat, flat, (((1,), (1,)), ((), ())))
-            if k == 1 or x.shape[1] == k:
-                return product
-            return jnp.broadcast_to(product[:, None, :, None], (n, k, n, k)).reshape(n * k, -1)
+            return jnp.broadcast_to(product.reshape(*x.shape[:2], *x.shape[:2]), (len(x), k, len(x), k))
 
-        one = lambda left, right: gram(left) * gram(right)  # noqa: E731
-        left, right = (jnp.moveaxis(x[:, :, :, 0], 2, 0) for x in (self.left, self.right))
+        def one(left: Array, right: Array) -> Array:
+            inside, out = gram(left), gram(right)
+            if self.centre is None:
+                return (inside * out).reshape(n * k, -1)
+            # ⟨dδ + a₀e, d'δ' + a₀e'⟩ = ee'(aa') + dd'(δδ' − ee') + (da₀)(δ₀e') + (a₀d')(eδ₀), products of differences
+            # throughout; the last row and column of either table are those with a₀ and δ₀.
+            d, p, alpha = inside[:-1, :, :-1], inside[:-1, :, -1:], inside[-1:, :, -1:]
+            e, q, beta = out[:-1, :, :-1], out[:-1, :, -1:], out[-1:, :, -1:]
+            p_, q_ = inside[-1:, :, :-1], out[-1:, :, :-1]
+            return (e * (d + p + p_ + alpha) + d * (q + q_ + beta) + p * q_ + p_ * q).reshape(n * k, -1)
+
+        left, right = self.left, self.right
+        if self.centre is not None:
+            left = jnp.concatenate([left, self.centre.left])
+            right = jnp.concatenate([right, self.centre.right])
+        left, right = (jnp.moveaxis(x[:, :, :, 0], 2, 0) for x in (left, right))
         if len(left) == 1:
             return one(left[0], right[0])
         zero = jnp.zeros((n * k, n * k), self.dtype)
@@ -229,15 +322,17 @@ class Outer:
         n, p = self.shape[0], math.prod(self.layout.shape)
         g, i, o = self.left.shape[2], self.left.shape[4], self.right.shape[4]
         inverse = self.layout.matrices(jnp.broadcast_to(inverse, self.layout.shape)).reshape(g, i, o)
-        left, right = _paired(self.left, self.right)
+        terms = self.terms()
+        left, right = _paired(terms.left, terms.right)
 
         def part(start: Array | int, size: int) -> Array:
             taken = jax.lax.dynamic_slice_in_dim(left, start, size, axis=4)
             rows = jnp.einsum("nkgti,nkgto->nkgio", taken, right)
             rows = jnp.broadcast_to(rows, (rows.shape[0], self.k, *rows.shape[2:]))
             if self.centre is not None:
-                roots, shift = self.centre[0], jax.vmap(self.layout.matrices)(self.centre[1])
-                rows = rows - _column(roots, rows.ndim) * jax.lax.dynamic_slice_in_dim(shift, start, size, axis=2)
+                shift = jax.vmap(self.layout.matrices)(self.centre.shift)
+                rows = rows - jax.lax.dynamic_slice_in_dim(shift, start, size, axis=2)
+                rows = _column(self.centre.roots, rows.ndim) * rows
             rows = (rows * jax.lax.dynamic_slice_in_dim(inverse, start, size, axis=1)).reshape(n, -1)
             return jax.lax.dot_general(rows, rows, (((1,), (1,)), ((), ())))
 
@@ -255,9 +350,9 @@ def explicit(rows: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.explicit() if is_outer(x) else x, rows, is_leaf=is_outer)
 
 
-def _remain(centred: Array, whole: Array) -> Array:
-    """Whether differences have kept most of their digits: then rows need not be made to take the mean out of them."""
-    return jnp.all(centred >= jnp.finfo(whole.dtype).eps ** LOST * whole)
+def _remain(sum: Array, terms: Array) -> Array:
+    """Whether a sum has kept most of its digits, from the size of its terms: then rows need not be made for it."""
+    return sum >= jnp.finfo(terms.dtype).eps ** LOST * terms
 
 
 def _paired(left: Array, right: Array) -> tuple[Array, Array]:
