@@ -236,35 +236,40 @@ class Outer:
         """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf, which takes explicit rows."""
         if jnp.ndim(inverse) or self._rows_are_cheaper():
             return self._kernel_of_rows(inverse)
-        many = self.left.shape[3] > 1
+        whole = self.terms()
+        kernel = whole._kernel_of_pairs if self.left.shape[3] > 1 else self._kernel_of_products
         if self.centre is None:
-            return jnp.square(inverse) * (self._kernel_of_pairs() if many else self._kernel_of_products())
-        kernel = self._centred_kernel(self.terms()._kernel_of_pairs() if many else self._kernel_of_products())
-        kept = _remain(jnp.trace(kernel), self._size())
-        kernel = jax.lax.cond(kept, lambda: kernel, lambda: self._kernel_of_rows(jnp.ones((), self.dtype)))
-        return jnp.square(inverse) * kernel
+            return jnp.square(inverse) * kernel()
+        # The trace alone says whether digits are left, so that only one of the two kernels is made.
+        weights, shift = jnp.square(self.centre.roots), self.centre.shift
+        trace = weights @ jnp.sum(whole._squared_rows(), axis=1) - jnp.sum(weights) * jnp.sum(jnp.square(shift))
+        return jnp.square(inverse) * jax.lax.cond(
+            _remain(trace, weights @ jnp.sum(whole._squared_terms(), axis=1)),
+            lambda: self._centred_kernel(kernel()),
+            lambda: self._kernel_of_rows(jnp.ones((), self.dtype)),
+        )
 
     def _centred_kernel(self, kernel: Array) -> Array:
         """That of rows without their mean, times roots, from that of rows with any common part."""
         assert self.centre is not None
         n, k, roots = len(self.left), self.k, self.centre.roots
-        weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
-        means = jnp.tensordot(weights, kernel.reshape(n, k, n * k), 1)  # ⟨mean of the rows of output j, row⟩
-        mean = jnp.einsum("j,ajb->ab", weights, means.reshape(k, n, k))
-        left = (means.reshape(k, n, k) - 0.5 * mean[:, None]).transpose(1, 2, 0).reshape(n * k, k)
-        # With U (N, k) the ones of every output, K − left Uᵀ − U leftᵀ: one product.
-        ones = jnp.tile(jnp.eye(k, dtype=kernel.dtype), (n, 1))
-        taken = jnp.concatenate([ones, left], axis=1) @ jnp.concatenate([left, ones], axis=1).T
-        scale = jnp.repeat(roots, k)
-        return (kernel - taken) * scale * scale[:, None]
+        weights, scale = jnp.square(roots) / jnp.sum(jnp.square(roots)), jnp.repeat(roots, k)
+        means = jnp.tensordot(weights, kernel.reshape(n, k, n * k), 1).reshape(1, k, n, k)
+        both = jnp.tensordot(means, weights, ((2,), (0,))).reshape(1, k, 1, k)
+        centred = kernel.reshape(n, k, n, k) - (means - both / 2) - jnp.transpose(means - both / 2, (2, 3, 0, 1))
+        return centred.reshape(n * k, -1) * scale * scale[:, None]
 
-    def _size(self) -> Array:
-        """Σ of the squared lengths of the terms of the rows, of which their kernel has the rounding."""
-        assert self.centre is not None
-        terms = self.terms()
-        left, right = (jnp.sum(jnp.square(x), axis=4) for x in (terms.left, terms.right))
-        sizes = jnp.sum(jnp.broadcast_to(left * right, (len(left), self.k, *left.shape[2:])), axis=(1, 2, 3))
-        return jnp.square(self.centre.roots) @ sizes
+    def _squared_rows(self) -> Array:
+        """Squared lengths of the rows, (n, k), without a centre."""
+        left, right = (jnp.einsum("nkgti,nkgsi->nkgts", x, x) for x in (self.left, self.right))
+        squares = jnp.sum(left * right, axis=(2, 3, 4))
+        return jnp.broadcast_to(squares, (len(squares), self.k))
+
+    def _squared_terms(self) -> Array:
+        """Squared lengths of the terms of the rows, (n, k), of which products of rows have the rounding."""
+        left, right = (jnp.sum(jnp.square(x), axis=4) for x in (self.left, self.right))
+        squares = jnp.sum(left * right, axis=(2, 3))
+        return jnp.broadcast_to(squares, (len(squares), self.k))
 
     def _rows_are_cheaper(self) -> bool:
         n, _, _, t, i = self.left.shape

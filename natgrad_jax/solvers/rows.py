@@ -150,7 +150,8 @@ def _recovered(
 
 def _shifted_lower(kernel: Array, shift: Array) -> Array:
     shifted = kernel + diagonal_matrix(jnp.broadcast_to(shift, kernel.shape[:1]), kernel.dtype)
-    return jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
+    # Hermitian, and transposed in the layout that LAPACK takes: no pass to bring it there.
+    return jax.lax.linalg.cholesky(shifted.conj().T, symmetrize_input=False)
 
 
 class QRFactored(NamedTuple):
