@@ -110,6 +110,19 @@ def carried(params, x, factor):
     return jax.lax.scan(step, (x, params), None, length=3)[0][0]
 
 
+def multiples(params, x):
+    a, b, c, d = params
+    x = jnp.tanh(x @ (2 * a)) @ (b / 3)
+    return jnp.tanh(jnp.tanh(x @ -c) @ (0.5 * -(d.T * 3).T))
+
+
+def multiple_in_a_loop(params, x):
+    """A multiple made outside of a scan over it, and in each step another one of a leaf that it closes over."""
+    many, one = params
+    step = lambda h, w: (jnp.tanh(h @ w[0] + h @ (one * w[1])), None)
+    return jax.lax.scan(step, x, (many / jnp.sum(x**2), jnp.arange(1.0, 4.0, dtype=x.dtype)))[0]
+
+
 def normalised(params, x):
     h = jnp.tanh(x @ params["w"])
     return params["g"] * (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
@@ -197,7 +210,21 @@ CASES = {
         lambda w, x: jnp.sum(jax.lax.scan(lambda c, _: (jax.jit(lambda a: a.T)(w), x @ w), jnp.zeros((5, 5), x.dtype),
                                           None, length=2)[0], 0)[None] + x * 0 + x @ w, normal(5, 5), X, [False],
     ),
-    "halved": Case(lambda w, x: jnp.tanh(x @ (w / 2)), normal(5, 7), X, [False]),
+    "multiples": Case(multiples, [normal(5, 7), normal(7, 5), normal(5, 5), normal(5, 2)], X, [True] * 4),
+    "a multiple by data": Case(lambda w, x: jax.vmap(lambda x: x @ (w.T / jnp.sum(x**2)).T)(x), normal(5, 7), X,
+                               [True]),
+    "tied to its multiple": Case(lambda w, x: jnp.tanh(x @ w) @ (-2 * w).T, normal(5, 7), X, [True]),
+    "times another leaf": Case(lambda p, x: jnp.tanh(x @ (p["c"] * p["w"])) @ (p["v"] / jnp.exp(p["b"])),
+                               {"b": normal(1), "c": normal(1, 1), "v": normal(7, 2), "w": normal(5, 7)}, X,
+                               [False, False, True, True]),
+    "times one of its products": Case(lambda w, x: jax.vmap(lambda x: x @ (w * jnp.sum(jnp.tanh(x @ w))))(x),
+                                      normal(5, 7), X, [True]),
+    "of its own length": Case(lambda w, x: jnp.tanh(x @ (w / jnp.linalg.norm(w))), normal(5, 7), X, [False]),
+    "times its own entry": Case(lambda w, x: x @ (w * w[:1, :1]), normal(5, 7), X, [False]),
+    "one number, times and in a product": Case(lambda p, x: x @ (p[0] * p[1]) + x[:, :1] @ p[0],
+                                               [normal(1, 1), normal(5, 7)], X, [False, True]),
+    "spread by a multiple": Case(lambda w, x: x[:, :1] @ (w * x[:1, :1]), normal(), X, [False]),
+    "a multiple within a loop": Case(multiple_in_a_loop, [normal(3, 5, 5), normal(5, 5)], X, [True, True]),
     "sliced": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
     "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [False, False]),
     "embedded": Case(lambda p, x: jnp.tanh(p["e"][x] @ p["w"]), {"e": normal(9, 5), "w": normal(5, 7)},

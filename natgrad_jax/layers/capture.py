@@ -267,8 +267,8 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
 
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
-    scan, reshapes and casts, matrix products, einsum, convolutions. A leaf with any other use has plain rows (biases
-    and scales always, for which they are the cheapest form).
+    scan, reshapes, casts and multiples by one number, matrix products, einsum, convolutions. A leaf with any other use
+    has plain rows (biases and scales of units always, for which they are the cheapest form).
 
     Args:
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.

@@ -1,8 +1,8 @@
 """One walk over a jaxpr, which finds the products that a parameter leaf enters.
 
-A leaf is followed through reshapes, transposes and casts, into jit, remat and scan. Where it enters a `dot_general` or
-a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other operand: the
-derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use of a leaf is
+A leaf is followed through reshapes, transposes, casts and multiples, into jit, remat and scan. Where it enters a
+`dot_general` or a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other
+operand: the derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use is
 named, and the leaf is then differentiated as a whole: slower, never wrong.
 """
 
@@ -24,16 +24,17 @@ CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoi
 
 @dataclass(frozen=True)
 class Mark:
-    """A variable that is a view of a leaf: an array of this shape, after `steps`.
+    """A variable that is a view of a leaf: an array of this shape, after `steps`, times `factor`.
 
     `scans` has an entry for every scan that the walk is in: whether it runs over the view, an axis of which is then
-    in front of those that are seen, or closes over it.
+    in front of those that are seen, or closes over it. `factor` is one number, of shape (), or None for 1.
     """
 
     leaf: int
     steps: tuple[Step, ...]
     shape: tuple[int, ...]
     scans: tuple[bool, ...] = ()
+    factor: Any = None
 
     @property
     def lead(self) -> int:
@@ -55,26 +56,31 @@ class Mark:
         full = (*range(self.lead), *(self.lead + i for i in permutation))
         return replace(self, steps=(*self.steps, ("transpose", full)), shape=tuple(self.shape[i] for i in full))
 
+    def times(self, factor: Any) -> "Mark":
+        """The same numbers, multiplied."""
+        return replace(self, factor=factor if self.factor is None else self.factor * factor)
+
 
 @dataclass(frozen=True)
 class Use:
     """One product that a leaf enters, as G matrices (I, O), at T positions.
 
-    `activation` is what the other operand gives, (G, T, I); `sensitivity` brings the derivative with respect to the
-    output of the product to (G, T, O).
+    `sensitivity` brings the derivative with respect to the output of the product to (G, T, O).
     """
 
     leaf: int
     layout: Layout
     scans: tuple[bool, ...]
     where: str
-    activation: Callable[[Array], Array]
     sensitivity: Callable[[Array], Array]
+
+
+Found = tuple[Use, Callable[[Array], Array]]  # and what brings the other operand to (G, T, I)
 
 
 @dataclass
 class Tape:
-    """What a walk sees: the uses in order, the leaves that are used otherwise, and the other operands.
+    """What a walk sees: the uses in order, the leaves that are used otherwise, and the activations, `others`.
 
     `zeros` are added to the outputs of the uses of the leaves in `followed`, in order; None on a first walk.
     """
@@ -86,13 +92,13 @@ class Tape:
     outputs: list[Any] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
 
-    def record(self, use: Use, other: Array, out: Array) -> Array:
+    def record(self, use: Use, activation: Array, factor: Any, out: Array) -> Array:
         """The output of a product, with the zero of its place."""
         if self.zeros is not None and use.leaf not in self.followed:
             return out
         place = len(self.uses)
         self.uses.append(use)
-        self.others.append(use.activation(other))
+        self.others.append(activation if factor is None else _times(activation, factor))
         self.outputs.append(out)
         return out if self.zeros is None else out + self.zeros[place]
 
@@ -172,14 +178,18 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
         view = _view(eqn, marks[0])
         if view is not None:
             return _bound(eqn, inputs), [view]
+    if name in ("mul", "div", "neg"):
+        return _bound(eqn, inputs), [_multiple(eqn, inputs, marks, tape)]
     holders = [i for i, mark in enumerate(marks) if mark is not None]
     find = {"dot_general": _product, "conv_general_dilated": _convolution}.get(name)
-    use = find(eqn, holders[0], marks[holders[0]]) if find and len(holders) == 1 else None  # type: ignore[arg-type]
+    mark = marks[holders[0]]
+    found = find(eqn, holders[0], mark) if find and len(holders) == 1 else None  # type: ignore[arg-type]
     outs = _bound(eqn, inputs)
-    if use is None:
+    if found is None:
         tape.refuse(marks, name)
         return outs, [None] * len(outs)
-    return [tape.record(use, inputs[1 - holders[0]], outs[0])], [None]
+    use, activation = found
+    return [tape.record(use, activation(inputs[1 - holders[0]]), mark.factor, outs[0])], [None]  # type: ignore[union-attr]
 
 
 def _view(eqn: Any, mark: Mark) -> Mark | None:
@@ -197,6 +207,28 @@ def _view(eqn: Any, mark: Mark) -> Mark | None:
     return mark if name in ("copy", "copy_p") else None
 
 
+def _multiple(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Mark | None:
+    """The mark of the output, if it is a leaf times one number. That may depend on other leaves, or on products.
+
+    A number that is itself a leaf, or a part of the same one, is a use of it that is not followed.
+    """
+    if eqn.primitive.name == "neg":
+        return marks[0].times(-jnp.ones((), eqn.outvars[0].aval.dtype))  # type: ignore[union-attr]
+    number = 0 if marks[1] is not None and eqn.invars[0].aval.size == 1 and eqn.primitive.name == "mul" else 1
+    mark, other, value = marks[1 - number], marks[number], eqn.invars[number].aval
+    if mark is None or value.size != 1 or eqn.outvars[0].aval.shape != mark.seen:
+        tape.refuse(marks, eqn.primitive.name)
+        return None
+    tape.refuse([other], eqn.primitive.name)
+    c = jnp.reshape(jnp.asarray(inputs[number], value.dtype), ())
+    return mark.times(1 / c if eqn.primitive.name == "div" else c)
+
+
+def _times(x: Array, factor: Array) -> Array:
+    dtype = jnp.promote_types(x.dtype, factor.dtype)
+    return x.astype(dtype) * factor.astype(dtype)
+
+
 def _ascending(dimensions: Any) -> bool:
     return dimensions is not None and all(a < b for a, b in itertools.pairwise(dimensions))
 
@@ -205,7 +237,7 @@ def _others(ndim: int, *taken: Sequence[int]) -> list[int]:
     return [i for i in range(ndim) if not any(i in axes for axes in taken)]
 
 
-def _product(eqn: Any, side: int, mark: Mark) -> Use | None:
+def _product(eqn: Any, side: int, mark: Mark) -> Found | None:
     """A `dot_general` whose operand `side` is a leaf."""
     contracting, batch = eqn.params["dimension_numbers"]
     other = eqn.invars[1 - side].aval
@@ -227,10 +259,10 @@ def _product(eqn: Any, side: int, mark: Mark) -> Use | None:
         return jnp.swapaxes(delta, 1, 2) if side == 0 else delta
 
     activation = lambda x: jnp.transpose(x, order).reshape(groups, positions, inside)  # noqa: E731
-    return Use(mark.leaf, layout, mark.scans, "dot_general", activation, sensitivity)
+    return Use(mark.leaf, layout, mark.scans, "dot_general", sensitivity), activation
 
 
-def _convolution(eqn: Any, side: int, mark: Mark) -> Use | None:
+def _convolution(eqn: Any, side: int, mark: Mark) -> Found | None:
     """A convolution whose kernel is a leaf: the activations are the patches that it is laid on."""
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     image = eqn.invars[0].aval
@@ -257,7 +289,7 @@ def _convolution(eqn: Any, side: int, mark: Mark) -> Use | None:
         delta = jnp.moveaxis(jnp.transpose(delta, numbers.out_spec), 1, -1)  # (batch, space, out)
         return jnp.moveaxis(delta.reshape(positions, groups, out // groups), 1, 0)
 
-    return Use(mark.leaf, layout, mark.scans, "conv_general_dilated", activation, sensitivity)
+    return Use(mark.leaf, layout, mark.scans, "conv_general_dilated", sensitivity), activation
 
 
 def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
