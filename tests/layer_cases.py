@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 _rng = np.random.default_rng(5)
 
@@ -123,6 +124,47 @@ def multiple_in_a_loop(params, x):
     return jax.lax.scan(step, x, (many / jnp.sum(x**2), jnp.arange(1.0, 4.0, dtype=x.dtype)))[0]
 
 
+def from_flat(make):
+    """A model of one vector, and that vector: what `make` returns a model of, and parameters."""
+    model, params = make
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    return lambda theta, x: model(unravel(theta), x), np.asarray(flat, float)
+
+
+FLAT = from_flat((mlp, LAYERS))
+
+
+def cut_by_hand(theta, x):
+    """Pieces of pieces, in several orders, with gaps; one is multiplied, one added, one of a penalty."""
+    first, rest = theta[3:38].reshape(7, 5), theta[40:]
+    a, b = rest[:42].reshape(7, 2, 3).transpose(1, 2, 0), rest[44:]
+    x = jnp.tanh(x @ first.T / theta[1])
+    return jnp.tanh(x @ (2 * a[0].T) + b[:3]) + x @ a[1].T + jnp.sum(b[3:] ** 2)
+
+
+def flat_layers(params, x):
+    """Every layer is a vector, cut inside of the loop over them."""
+    layer = lambda h, p: (jnp.tanh(h @ p[:25].reshape(5, 5) + p[25:]), None)
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def flat_recurrent(theta, x):
+    """A vector that a loop closes over, cut inside and outside of it, where the pieces are the same."""
+    cut = lambda: jnp.split(theta, [36, 66])
+    start = jnp.tanh(cut()[2])
+
+    def step(h, x):
+        a, b, c = cut()
+        return jnp.tanh(h @ a.reshape(6, 6) / 2 + x @ b.reshape(5, 6) + c), None
+
+    return jax.vmap(lambda xs: jax.lax.scan(step, start, xs)[0])(x)
+
+
+def piece_in_a_carry(w, x):
+    changed = jax.lax.scan(lambda c, _: (jnp.tanh(c), None), w[5:], None, length=2)[0]
+    return jnp.tanh(x @ w[:5]) + jnp.sum(changed, 0)
+
+
 def normalised(params, x):
     h = jnp.tanh(x @ params["w"])
     return params["g"] * (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
@@ -225,7 +267,40 @@ CASES = {
                                                [normal(1, 1), normal(5, 7)], X, [False, True]),
     "spread by a multiple": Case(lambda w, x: x[:, :1] @ (w * x[:1, :1]), normal(), X, [False]),
     "a multiple within a loop": Case(multiple_in_a_loop, [normal(3, 5, 5), normal(5, 5)], X, [True, True]),
-    "sliced": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
+    "flat vector": Case(*FLAT, X, [True]),
+    "flat vector of a recurrence": Case(
+        *from_flat((recurrent, {"h": normal(6, 6) / 2, "x": normal(5, 6), "b": normal(6)})), normal(4, 7, 5), [True]),
+    "flat vector of tied weights": Case(
+        *from_flat((lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T, {"w": normal(5, 7), "b": normal(7)})), X,
+        [True]),
+    "flat vector of a deeper one": Case(
+        *from_flat((lambda p, x: FLAT[0](p["a"], x * p["b"]), {"a": FLAT[1], "b": normal(5)})), X, [True]),
+    "cut by hand": Case(cut_by_hand, normal(95), X, [True]),
+    "layers of a stack": Case(lambda p, x: mlp(list(zip(*p, strict=True)), x), [normal(3, 5, 5), normal(3, 5)], X,
+                              [True, False]),
+    "columns": Case(lambda w, x: jnp.tanh(jnp.tanh(x @ w[:, :3]) @ w[:3, 3:7] @ jnp.split(w[:, 7:], 2, 1)[1][:4]),
+                    normal(5, 11), X, [True]),
+    "unstacked": Case(lambda w, x: jnp.tanh(x @ w[:, 0]) @ jnp.unstack(w[:, 1:], axis=1)[1].T, normal(5, 3, 7), X,
+                      [True]),
+    "gaps": Case(lambda p, x: (lambda q: jnp.tanh(x @ q[3:38].reshape(5, 7) + q[40:47]))(2 * p), normal(50), X, [True]),
+    "within a loop and without": Case(lambda p, x: flat_layers(p, x) + jnp.sum(p[:, 25:] ** 2), normal(3, 30), X,
+                                      [False]),
+    "flat layers": Case(flat_layers, normal(3, 30), X, [True]),
+    "flat recurrence": Case(flat_recurrent, normal(72), normal(4, 3, 5), [True]),
+    "a piece in a carry": Case(piece_in_a_carry, normal(8, 7), X, [True]),
+    "a piece put out": Case(lambda w, x: (jnp.tanh(x @ w[:5]), jnp.broadcast_to(w[5:], (len(x), 3, 7))), normal(8, 7),
+                            X, [True]),
+    "pieces that overlap": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
+    "a piece and the whole": Case(lambda w, x: jnp.tanh(x @ w) + x[:, :2] @ w[:2], normal(5, 7), X, [False]),
+    "a piece of a piece": Case(lambda w, x: jnp.tanh(x @ w[:5]) + w[:5][0] + x[:, :3] @ w[5:], normal(8, 7), X,
+                               [False]),
+    "a piece in two ways": Case(lambda w, x: jnp.tanh(x @ w[:5] @ w[:5]) @ w[5:], normal(10, 5), X, [True]),
+    "a piece in a product and otherwise": Case(
+        lambda w, x: jnp.tanh(x @ w[:5]) @ w[5:] + jnp.sum(w[5:] ** 2), normal(12, 7), X, [True]),
+    "pieces that disagree": Case(lambda w, x: x @ w[:15].reshape(5, 3) + x[:, :3] @ w[:15].reshape(3, 5)[:, :3],
+                                 normal(20), X, [False]),
+    "every other row": Case(lambda w, x: jnp.tanh(x @ w[::2]), normal(10, 7), X, [False]),
+    "an empty piece": Case(lambda w, x: jnp.tanh(x @ w[:5] + jnp.sum(w[5:])), normal(5, 7), X, [True]),
     "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [False, False]),
     "embedded": Case(lambda p, x: jnp.tanh(p["e"][x] @ p["w"]), {"e": normal(9, 5), "w": normal(5, 7)},
                      np.array([0, 3, 3, 8]), [False, True]),

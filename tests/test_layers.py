@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import cast, eps, error, named_mistakes
+from jax.flatten_util import ravel_pytree
 from layer_cases import CASES, LAYERS, X, mlp
 
 from natgrad_jax import damping, layers, metrics, solvers
-from natgrad_jax.operators import Gram, Outer, add, scale
+from natgrad_jax.operators import Gram, Outer, Pieces, add, scale
 
+WIDE = [np.random.default_rng(3).normal(size=shape) / 4 for shape in ((20, 30), (30,), (30, 2), (2,))]
 TOL = {np.dtype("float32"): 2e-5, np.dtype("float64"): 1e-11}
 
 
@@ -32,7 +34,7 @@ def jacobian(model, params, batch):
 
 
 def is_outer(x):
-    return isinstance(x, Outer)
+    return isinstance(x, Outer | Pieces)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -256,6 +258,35 @@ def test_derivatives_go_through_layer_rows(float64):
     moved = lambda h: length(jax.tree.map(lambda x, d: x + h * d, params, way))
     slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True))
     np.testing.assert_allclose(slope, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-6)
+
+
+def test_a_flat_vector_costs_what_the_tree_does(float64):
+    """The same numbers and as many operations; under vmap and differentiated too."""
+    tree = cast([(w, b) for w, b in zip(WIDE[::2], WIDE[1::2], strict=True)], float64)
+    theta, unravel = ravel_pytree(tree)
+    x, one = jnp.asarray(np.random.default_rng(2).normal(size=(6, 20))), jnp.ones(())
+    of = lambda model: metrics.energy(lambda p, x: model(p, x[None])[0], rows="layers")
+    flat, layered = of(lambda theta, x: mlp(unravel(theta), x)), of(mlp)
+    kernels = [jax.jit(lambda p, m=m: m(p, points=x).kernel(one)) for m in (flat, layered)]
+    assert error(kernels[0](theta), kernels[1](tree)) < 1e-13
+    operations = [k.lower(p).compile().cost_analysis()["flops"] for k, p in zip(kernels, (theta, tree), strict=True)]
+    assert operations[0] < 1.2 * operations[1] < 0.2 * 2 * 12**2 * theta.size
+
+    def values(p, metric, ravel, v):
+        operator = metric(p, points=x)
+        g = operator.transposed_times(jnp.linspace(-1.0, 1.0, 12))
+        rule = {"solver": solvers.row_space(), "damping": damping.absolute(0.1)}
+        step = solvers.solve(operator, g, **rule).value
+        return operator.inner(v, v), ravel(step), ravel(operator.diagonal())
+
+    first = lambda *args: values(*args)[0]
+    flatten = lambda tree: ravel_pytree(tree)[0]
+    together = jax.jit(jax.vmap(lambda c: values(c * theta, flat, flatten, theta)))(jnp.array([1.0, 2.0]))
+    for i in range(2):
+        alone = values(jax.tree.map(lambda x: (i + 1.0) * x, tree), layered, flatten, tree)  # noqa: B023
+        assert max(error(a[i], b) for a, b in zip(together, alone, strict=True)) < 1e-11
+    gradient = jax.jit(jax.grad(first), static_argnums=(1, 2))(theta, flat, flatten, theta)
+    assert error(gradient, flatten(jax.grad(first)(tree, layered, flatten, tree))) < 1e-11
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e15])

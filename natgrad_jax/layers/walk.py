@@ -1,9 +1,9 @@
 """One walk over a jaxpr, which finds the products that a parameter leaf enters.
 
-A leaf is followed through reshapes, transposes, casts and multiples, into jit, remat and scan. Where it enters a
-`dot_general` or a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other
+A leaf is followed through reshapes, transposes, slices, casts and multiples, into jit, remat and scan. Where it enters
+a `dot_general` or a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other
 operand: the derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use is
-named, and the leaf is then differentiated as a whole: slower, never wrong.
+named, and the leaf, or the slice of it that is used so, is then differentiated as a whole: slower, never wrong.
 """
 
 import itertools
@@ -20,6 +20,14 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from natgrad_jax.operators.outer import Layout, Step
 
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What steps, the last of which is a slice, leave of a leaf; all of it without."""
+
+    leaf: int
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,12 @@ class Mark:
         """The shape of the variable."""
         return self.shape[self.lead :]
 
+    @property
+    def piece(self) -> Piece:
+        """What of the leaf is seen, before that is moved."""
+        ends = [i + 1 for i, (kind, _) in enumerate(self.steps) if kind == "slice"]
+        return Piece(self.leaf, self.steps[: max(ends, default=0)])
+
     def reshaped(self, shape: Sequence[int]) -> "Mark":
         """The same numbers in another shape."""
         full = (*self.shape[: self.lead], *shape)
@@ -56,6 +70,12 @@ class Mark:
         full = (*range(self.lead), *(self.lead + i for i in permutation))
         return replace(self, steps=(*self.steps, ("transpose", full)), shape=tuple(self.shape[i] for i in full))
 
+    def sliced(self, ends: Sequence[tuple[int, int]]) -> "Mark":
+        """A part of the numbers."""
+        full = (*((0, size) for size in self.shape[: self.lead]), *ends)
+        shape = tuple(end - start for start, end in full)
+        return self if shape == self.shape else replace(self, steps=(*self.steps, ("slice", full)), shape=shape)
+
     def times(self, factor: Any) -> "Mark":
         """The same numbers, multiplied."""
         return replace(self, factor=factor if self.factor is None else self.factor * factor)
@@ -63,16 +83,26 @@ class Mark:
 
 @dataclass(frozen=True)
 class Use:
-    """One product that a leaf enters, as G matrices (I, O), at T positions.
+    """One product that a piece of a leaf enters, as G matrices (I, O), at T positions.
 
-    `sensitivity` brings the derivative with respect to the output of the product to (G, T, O).
+    `sensitivity` brings the derivative with respect to the output of the product to (G, T, O). Where a leaf is cut, the
+    piece itself may serve as the output of a product of 1 with it, with I = 1: then the use is `whole`.
     """
 
-    leaf: int
+    piece: Piece
     layout: Layout
     scans: tuple[bool, ...]
     where: str
     sensitivity: Callable[[Array], Array]
+    whole: bool = False
+
+    @property
+    def route(self) -> "Route":
+        """What is followed, and how."""
+        return (self.piece, self.whole)
+
+
+Route = tuple[Piece, bool]
 
 
 Found = tuple[Use, Callable[[Array], Array]]  # and what brings the other operand to (G, T, I)
@@ -80,21 +110,21 @@ Found = tuple[Use, Callable[[Array], Array]]  # and what brings the other operan
 
 @dataclass
 class Tape:
-    """What a walk sees: the uses in order, the leaves that are used otherwise, and the activations, `others`.
+    """What a walk sees: the uses in order, the pieces that are used otherwise, and the activations, `others`.
 
-    `zeros` are added to the outputs of the uses of the leaves in `followed`, in order; None on a first walk.
+    `zeros` are added to the outputs of the uses of the routes in `followed`, in order; None on a first walk.
     """
 
     zeros: Sequence[Array] | None = None
-    followed: frozenset[int] = frozenset()
+    followed: frozenset[Route] = frozenset()
     uses: list[Use] = field(default_factory=list)
     others: list[Array] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[Piece, str] = field(default_factory=dict)
 
     def record(self, use: Use, activation: Array, factor: Any, out: Array) -> Array:
         """The output of a product, with the zero of its place."""
-        if self.zeros is not None and use.leaf not in self.followed:
+        if self.zeros is not None and use.route not in self.followed:
             return out
         place = len(self.uses)
         self.uses.append(use)
@@ -103,10 +133,10 @@ class Tape:
         return out if self.zeros is None else out + self.zeros[place]
 
     def refuse(self, marks: Sequence[Mark | None], reason: str) -> None:
-        """Name the leaves that are used in a way that is not followed."""
+        """Name the pieces that are used in a way that is not followed."""
         for mark in marks:
             if mark is not None:
-                self.refused.setdefault(mark.leaf, reason)
+                self.refused.setdefault(mark.piece, reason)
 
 
 Marked = tuple[list[Any], list[Mark | None]]
@@ -178,6 +208,8 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
         view = _view(eqn, marks[0])
         if view is not None:
             return _bound(eqn, inputs), [view]
+    if name in ("split", "unstack") or (name == "slice" and set(eqn.params["strides"] or (1,)) == {1}):
+        return _slices(eqn, inputs, marks[0], tape)  # type: ignore[arg-type]
     if name in ("mul", "div", "neg"):
         return _bound(eqn, inputs), [_multiple(eqn, inputs, marks, tape)]
     holders = [i for i, mark in enumerate(marks) if mark is not None]
@@ -205,6 +237,27 @@ def _view(eqn: Any, mark: Mark) -> Mark | None:
     if name == "broadcast_in_dim" and math.prod(out.shape) == math.prod(mark.seen) and _ascending(dimensions):
         return mark.reshaped(out.shape)
     return mark if name in ("copy", "copy_p") else None
+
+
+def _slices(eqn: Any, inputs: list[Any], mark: Mark, tape: Tape) -> Marked:
+    """Parts of a leaf; each may be used as a whole."""
+    outs, marks, start = _bound(eqn, inputs), [], 0
+    for i, out in enumerate(outs):
+        if eqn.primitive.name == "slice":
+            ends = list(zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True))
+        else:
+            ends, axis = [(0, size) for size in mark.seen], eqn.params["axis"]
+            size = out.shape[axis] if eqn.primitive.name == "split" else 1
+            ends[axis] = (start, start + size)
+            start += size
+        part = mark.sliced([(int(a), int(b)) for a, b in ends])
+        if part is not mark:
+            lead = math.prod(part.shape[: part.lead])
+            layout = Layout((), (*part.steps, ("reshape", (lead, 1, out.size))))
+            use = Use(part.piece, layout, part.scans, eqn.primitive.name, lambda delta: delta.reshape(1, 1, -1), True)
+            outs[i] = tape.record(use, jnp.ones((1, 1, 1), out.dtype), part.factor, out)
+        marks.append(part.reshaped(out.shape) if out.size else None)
+    return outs, marks
 
 
 def _multiple(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Mark | None:
@@ -259,7 +312,7 @@ def _product(eqn: Any, side: int, mark: Mark) -> Found | None:
         return jnp.swapaxes(delta, 1, 2) if side == 0 else delta
 
     activation = lambda x: jnp.transpose(x, order).reshape(groups, positions, inside)  # noqa: E731
-    return Use(mark.leaf, layout, mark.scans, "dot_general", sensitivity), activation
+    return Use(mark.piece, layout, mark.scans, "dot_general", sensitivity), activation
 
 
 def _convolution(eqn: Any, side: int, mark: Mark) -> Found | None:
@@ -289,7 +342,7 @@ def _convolution(eqn: Any, side: int, mark: Mark) -> Found | None:
         delta = jnp.moveaxis(jnp.transpose(delta, numbers.out_spec), 1, -1)  # (batch, space, out)
         return jnp.moveaxis(delta.reshape(positions, groups, out // groups), 1, 0)
 
-    return Use(mark.leaf, layout, mark.scans, "conv_general_dilated", sensitivity), activation
+    return Use(mark.piece, layout, mark.scans, "conv_general_dilated", sensitivity), activation
 
 
 def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
@@ -317,7 +370,7 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
         return outs
 
     jax.eval_shape(trial, *structs(consts), *structs(carry), *slices)
-    kept = [use for use in seen.uses if tape.zeros is None or use.leaf in tape.followed]
+    kept = [use for use in seen.uses if tape.zeros is None or use.route in tape.followed]
     zeros = [] if tape.zeros is None else list(tape.zeros[place : place + len(kept)])
 
     def step(carry: list[Any], data: tuple[list[Any], list[Any]]) -> tuple[list[Any], tuple[list[Any], Any, Any]]:
@@ -329,8 +382,8 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     carry, (ys, others, outputs) = jax.lax.scan(
         step, carry, (xs, zeros), length=length, reverse=params["reverse"], unroll=params["unroll"]
     )
-    for leaf, reason in seen.refused.items():
-        tape.refused.setdefault(leaf, reason)
+    for piece, reason in seen.refused.items():
+        tape.refused.setdefault(piece, reason)
     for use, other, out in zip(kept, others, outputs, strict=True):
         *outside, over = use.scans
         tape.uses.append(replace(use, scans=tuple(outside), sensitivity=_stacked(use.sensitivity, over)))
