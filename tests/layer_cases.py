@@ -27,6 +27,7 @@ class Case(NamedTuple):
     batch: Any
     found: list
     slack: float = 1.0
+    found_centred: list | None = None
 
 
 def mlp(layers, x):
@@ -198,6 +199,41 @@ def in_haiku():
     return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
 
 
+WORDS = {"e": normal(12, 3), "w": normal(3, 2)}
+TOKENS = np.array([[0, 3, 3, 11, 3], [1, 0, 0, 3, -1], [5, 5, 5, 5, 5], [-12, 2, 11, 1, 0]])
+STRANGE = np.array([[0, 3, 12, 11, 3], [1, -13, 0, 40, -1], [12, 12, 12, 12, -12], [-40, 2, 11, 1, 0]])
+
+
+def embedded(take, params, x):
+    return jnp.sum(jnp.tanh(take(params["e"], x, axis=0) @ params["w"]), axis=1)
+
+
+def dropped(table, x):
+    """Rows that begin beside the table are not there."""
+    numbers = jax.lax.GatherDimensionNumbers((2,), (0,), (0, 1))
+    starts = jnp.stack([x % 12, x % 2], -1)
+    return jax.lax.gather(table, starts, numbers, (1, 3), mode="fill", fill_value=0.5)
+
+
+def embedded_in_a_loop(params, x):
+    """A table for all steps, and one for each."""
+    one, many = params
+    step = lambda h, table: (jnp.tanh(h + one[x] * jnp.sum(table[x], 1, keepdims=True)), None)
+    return jnp.sum(jax.lax.scan(step, jnp.zeros((*x.shape, 3), one.dtype), many)[0], 1)
+
+
+def in_linen_embed():
+    model = nn.Sequential([nn.Embed(12, 4), nn.Dense(3), jnp.tanh, lambda h: jnp.sum(h, 1)])
+    params = model.init(jax.random.key(0), abs(TOKENS))
+    return Case(model.apply, params, abs(TOKENS) % 12, [True, False, True], found_centred=[False, False, True])
+
+
+def in_equinox_embedding():
+    table, static = eqx.partition(eqx.nn.Embedding(12, 4, key=jax.random.key(0)), eqx.is_array)
+    model = lambda table, x: jnp.sum(jnp.tanh(jax.vmap(jax.vmap(eqx.combine(table, static)))(x)), 1)
+    return Case(model, table, TOKENS, [True], found_centred=[False])
+
+
 CASES = {
     "dense layers": Case(mlp, LAYERS, X, [True, False] * 3),
     "transposed": Case(lambda p, x: jnp.tanh(x @ p[0].T) @ p[1].T, [normal(7, 5), normal(2, 7)], X, [True, True]),
@@ -303,7 +339,43 @@ CASES = {
     "an empty piece": Case(lambda w, x: jnp.tanh(x @ w[:5] + jnp.sum(w[5:])), normal(5, 7), X, [True]),
     "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [False, False]),
     "embedded": Case(lambda p, x: jnp.tanh(p["e"][x] @ p["w"]), {"e": normal(9, 5), "w": normal(5, 7)},
-                     np.array([0, 3, 3, 8]), [False, True]),
+                     np.array([0, 3, 3, 8]), [True, True], found_centred=[False, True]),
+    "embedded words": Case(partial(embedded, jnp.take), WORDS, TOKENS, [True, True], found_centred=[False, True]),
+    "embedded one by one": Case(lambda p, x: embedded(lambda e, x, axis: jax.vmap(jax.vmap(lambda i: e[i]))(x), p, x),
+                                WORDS, TOKENS, [True, True], found_centred=[False, True]),
+    "embedded, clipped": Case(partial(embedded, partial(jnp.take, mode="clip")), WORDS, STRANGE, [True, True],
+                              found_centred=[False, True]),
+    "embedded, filled": Case(partial(embedded, lambda e, x, axis: e.at[x].get(mode="fill", fill_value=0.3)), WORDS,
+                             STRANGE, [True, True], found_centred=[False, True]),
+    "embedded, promised": Case(partial(embedded, lambda e, x, axis: e.at[x].get(mode="promise_in_bounds")), WORDS,
+                               TOKENS, [True, True], found_centred=[False, True]),
+    "embedded in columns": Case(
+        lambda e, x: jnp.sum(jnp.tanh(jnp.take(e.reshape(3, 12, 2), x, axis=1)), axis=(0, 2)), normal(36, 2), TOKENS,
+        [True], found_centred=[False]),
+    "embedded at one place": Case(lambda e, x: jax.lax.map(lambda i: jnp.tanh(e[i] + e[2 - i]), x[:, 0]), normal(12, 3),
+                                  TOKENS % 3, [True], found_centred=[False]),
+    "embedded in a loop": Case(embedded_in_a_loop, [normal(12, 3), normal(3, 12, 3)], TOKENS, [True, True],
+                               found_centred=[False, False]),
+    "a small table": Case(partial(embedded, jnp.take), {"e": normal(2, 3), "w": normal(3, 2)}, TOKENS % 2, [True, True],
+                          found_centred=[False, True]),
+    "embedded in a flat vector": Case(*from_flat((partial(embedded, jnp.take), WORDS)), TOKENS, [True]),
+    "one-hot": Case(partial(embedded, lambda e, x, axis: jax.nn.one_hot(x, 12, dtype=e.dtype) @ e), WORDS, TOKENS,
+                    [True, True]),
+    "embedded and projected": Case(lambda e, x: jnp.sum(jnp.tanh(e[x]), 1) @ e.T, normal(12, 3), TOKENS, [False]),
+    "embedded from a batch of one": Case(lambda e, x: jnp.sum(jnp.tanh(jax.vmap(lambda e, x: e[x])(e[None], x)), 1),
+                                         normal(12, 3), TOKENS, [True], found_centred=[False]),
+    "embedded and one-hot": Case(lambda e, x: jnp.sum(jnp.tanh(jax.nn.one_hot(x, 12, dtype=e.dtype) @ e + e[x]), 1),
+                                 normal(12, 3), TOKENS, [False]),
+    "embedded both ways": Case(lambda e, x: jnp.sum(jnp.tanh(e[x % 5]) + e.T[x % 5], 1), normal(5, 5), TOKENS, [False]),
+    "dropped along another axis": Case(lambda e, x: jnp.sum(jnp.tanh(dropped(e, x)), 1), normal(12, 3), TOKENS,
+                                       [False]),
+    "embedded along two axes": Case(lambda e, x: jnp.sum(jnp.tanh(e[x, x % 3]), 1), normal(12, 3, 2), TOKENS, [False]),
+    "a multiple of a table": Case(lambda e, x: jnp.sum(jnp.tanh((2 * e)[x]), 1), normal(12, 3), TOKENS, [False]),
+    "a block of a table": Case(
+        lambda e, x: jax.vmap(lambda i: jnp.tanh(jax.lax.dynamic_slice_in_dim(e, i[0], 2)))(x), normal(12, 3), TOKENS,
+        [False]),
+    "linen.Embed": in_linen_embed(),
+    "equinox.Embedding": in_equinox_embedding(),
     "either branch": Case(lambda w, x: jax.vmap(lambda x: jax.lax.cond(x[0] > 0, lambda: x @ w, lambda: 2 * x @ w))(x),
                           normal(5, 7), X, [False]),
     "unused": Case(lambda p, x: jnp.tanh(x @ p[0]), [normal(5, 7), normal(3, 3)], X, [True, False]),

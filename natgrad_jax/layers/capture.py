@@ -15,7 +15,8 @@ from natgrad_jax._tree import OneExample, PyTree, concrete, leading_axis
 from natgrad_jax.layers import walk
 from natgrad_jax.layers.walk import Mark, Piece, Route, Tape, Use
 from natgrad_jax.operators.outer import Layout, Outer
-from natgrad_jax.operators.pieces import Pieces, is_outer, places_of
+from natgrad_jax.operators.picked import Picked
+from natgrad_jax.operators.pieces import OfPiece, Pieces, is_outer, places_of
 
 OfOne = Callable[[PyTree, PyTree], PyTree]
 SAVED = 2  # a leaf is kept in factors if they are smaller than its rows by this
@@ -104,33 +105,44 @@ class Plan:
         """Numbers that the factors of a piece hold for each example; inf if it has none."""
         if self.orders((piece, False)) is None:
             return math.inf
-        return sum(g * t * (i + self.k * o) for _, (g, t, i, o) in self.of_route((piece, False)))
+        uses = self.of_route((piece, False))
+        return sum(g * t * ((1 if use.picked else i) + self.k * o) for use, (g, t, i, o) in uses)
+
+    def picked(self, piece: Piece) -> bool:
+        """Whether a piece is a table of which rows are picked."""
+        return any(use.picked for use, _ in self.of_route((piece, False)))
 
     def orders(self, route: Route) -> list[bool] | None:
         """Of each use, whether its two sides are exchanged with respect to the first; None if neither way fits."""
         uses = [use for use, _ in self.of_route(route)]
         if len(uses) < 2:
             return [False] if uses else None
+        if len({use.picked for use in uses}) == 2:
+            return None
         indices = places_of(uses[0].layout.shape)
         first, *rest = (use.layout.matrices(indices) for use in uses)
         orders = [False]
         for other in rest:
             if np.array_equal(first, other):
                 orders.append(False)
-            elif np.array_equal(first, other.swapaxes(1, 2)):
+            elif np.array_equal(first, other.swapaxes(1, 2)) and not uses[0].picked:
                 orders.append(True)
             else:
                 return None
         return orders
 
-    def followed(self, always: bool = False) -> frozenset[Route]:
+    def followed(self, always: bool = False, centred: bool = False) -> frozenset[Route]:
         """What is kept in factors: where they are smaller than the rows, or `always` where it can be.
 
-        Of a leaf that is cut, some of the pieces; then the others are used as a whole.
+        Of a leaf that is cut, some of the pieces; then the others are used as a whole. Rows that are picked are not,
+        if they are centred: the mean is in every row.
         """
         routes: list[Route] = []
         for leaf in range(len(self.leaves)):
-            of_leaf = [(piece, not self._pays(piece, always)) for piece in self.pieces(leaf)]
+            of_leaf = [
+                (piece, (centred and self.picked(piece)) or not self._pays(piece, always))
+                for piece in self.pieces(leaf)
+            ]
             if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
                 routes += of_leaf
         return frozenset(routes)
@@ -151,7 +163,11 @@ class Plan:
                 found[-1] = f"{self.window(piece).shapes[-1]} in {found[-1]}"
             kept = math.isfinite(self.factor_size(piece))
             numbers += self.factor_size(piece) if kept else self.size(piece)
-            cost += sum(g * t * t * (a + b) for _, (g, t, a, b) in uses) if kept else self.size(piece) // self.k
+            cost += (
+                sum(g * t * t * ((1 if use.picked else a) + b) for use, (g, t, a, b) in uses)
+                if kept
+                else self.size(piece) // self.k
+            )
         if not pieces:
             found = [f"whole: {reasons[0] if reasons else self._unseen(leaf)}"]
         line, size = ", ".join(found), math.prod(self.leaves[leaf].shape)
@@ -210,7 +226,7 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         always: keep every leaf in factors that can be.
     """
     leaves, treedef = jax.tree.flatten(params)
-    followed = plan.followed(always)
+    followed = plan.followed(always, centred)
     kept = [(place, use) for place, (use, _) in enumerate(plan.uses) if use.route in followed]
     whole = [i for i in range(len(leaves)) if i not in {piece.leaf for piece, _ in followed}]
     zeros = [jnp.zeros(plan.outputs[place].shape, plan.outputs[place].dtype) for place, _ in kept]
@@ -230,13 +246,15 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         return others, deltas, gradients
 
     try:
-        others, deltas, gradients = _tree.raised(jax.vmap(one)(points))
+        others, deltas, gradients = jax.vmap(one)(points)
     except jax.errors.UnexpectedTracerError as error:
         raise BoundRuleError(BOUND) from error
+    deltas, gradients = _tree.raised((deltas, gradients))
+    others = [x if jnp.issubdtype(x.dtype, jnp.integer) else _tree.raised(x) for x in others]
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
         built[i] = _weighted(_centred(gradient, roots) if centred else gradient, roots)
-    parts: dict[int, list[tuple[Layout, Outer]]] = {}
+    parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
     for route in followed:
         places = [j for j, (_, use) in enumerate(kept) if use.route == route]
         pairs = [(others[j][:, None], _roots(roots, 5).astype(deltas[j].dtype) * deltas[j]) for j in places]
@@ -250,12 +268,14 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
     return jax.tree.unflatten(treedef, [built[i] for i in range(len(leaves))])
 
 
-def _outer(plan: Plan, route: Route, layout: Layout, pairs: list[tuple[Array, Array]], roots: Array | None) -> Outer:
+def _outer(plan: Plan, route: Route, layout: Layout, pairs: list[tuple[Array, Array]], roots: Array | None) -> OfPiece:
     """The uses of a piece, one after the other along the positions."""
     orders = plan.orders(route)
     assert orders is not None
     sides = [pair[::-1] if exchanged else pair for pair, exchanged in zip(pairs, orders, strict=True)]
     left, right = (_along_positions([pair[side] for pair in sides]) for side in (0, 1))
+    if plan.picked(route[0]) and not route[1]:
+        return Picked.of(left[:, 0, :, :, 0], right, layout)
     if route[1]:  # numbers times vectors: one position
         left, right = jnp.ones_like(left, shape=(*left.shape[:3], 1, 1)), jnp.sum(left * right, axis=3, keepdims=True)
     outer = Outer(left, right, layout, plan.k)
@@ -296,7 +316,8 @@ class Captured:
     """What `capture` returns.
 
     Attributes:
-        rows: like params; of each leaf the n·k rows of the Jacobian, factors (`operators.Outer`) or an array (n·k, …).
+        rows: like params; of each leaf the n·k rows of the Jacobian: factors (`operators.Outer`, `Picked`, `Pieces`),
+            or an array (n·k, …).
         plan: what the walk over f found.
         names: of the leaves.
     """
@@ -322,9 +343,10 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
 
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
-    scan, reshapes, slices, casts and multiples by one number, matrix products, einsum, convolutions. A leaf with any
-    other use has plain rows (biases and scales of units always, for which they are the cheapest form). A flat vector of
-    parameters, that f cuts into weights and biases, has rows for each piece.
+    scan, reshapes, slices, casts and multiples by one number, matrix products, einsum, convolutions, and tables that
+    are looked up (embeddings). A leaf with any other use has plain rows (biases and scales of units always, for which
+    they are the cheapest form). A flat vector of parameters, that f cuts into weights and biases, has rows for each
+    piece.
 
     Args:
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.

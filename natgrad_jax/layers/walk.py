@@ -1,9 +1,10 @@
 """One walk over a jaxpr, which finds the products that a parameter leaf enters.
 
 A leaf is followed through reshapes, transposes, slices, casts and multiples, into jit, remat and scan. Where it enters
-a `dot_general` or a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other
-operand: the derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use is
-named, and the leaf, or the slice of it that is used so, is then differentiated as a whole: slower, never wrong.
+a `dot_general` or a convolution whose other operand is no leaf, or is a table that is looked up, the walk adds a zero
+to the output and keeps the other operand: the derivative with respect to that zero is the sensitivity, the other one is
+the activation. Any other use is named, and the leaf, or the slice of it that is used so, is then differentiated as a
+whole: slower, never wrong.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.operators.outer import Layout, Step
 
+Mode = jax.lax.GatherScatterMode
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
@@ -86,7 +88,8 @@ class Use:
     """One product that a piece of a leaf enters, as G matrices (I, O), at T positions.
 
     `sensitivity` brings the derivative with respect to the output of the product to (G, T, O). Where a leaf is cut, the
-    piece itself may serve as the output of a product of 1 with it, with I = 1: then the use is `whole`.
+    piece itself may serve as the output of a product of 1 with it, with I = 1: then the use is `whole`. Where rows of a
+    table are `picked`, the activation is one-hot, and kept as indices (G, T, 1), -1 for none.
     """
 
     piece: Piece
@@ -95,6 +98,7 @@ class Use:
     where: str
     sensitivity: Callable[[Array], Array]
     whole: bool = False
+    picked: bool = False
 
     @property
     def route(self) -> "Route":
@@ -105,7 +109,7 @@ class Use:
 Route = tuple[Piece, bool]
 
 
-Found = tuple[Use, Callable[[Array], Array]]  # and what brings the other operand to (G, T, I)
+Found = tuple[Use, Callable[..., Array]]  # and what brings the other operands to (G, T, I)
 
 
 @dataclass
@@ -213,7 +217,7 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
     if name in ("mul", "div", "neg"):
         return _bound(eqn, inputs), [_multiple(eqn, inputs, marks, tape)]
     holders = [i for i, mark in enumerate(marks) if mark is not None]
-    find = {"dot_general": _product, "conv_general_dilated": _convolution}.get(name)
+    find = FIND.get(name)
     mark = marks[holders[0]]
     found = find(eqn, holders[0], mark) if find and len(holders) == 1 else None  # type: ignore[arg-type]
     outs = _bound(eqn, inputs)
@@ -221,7 +225,8 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
         tape.refuse(marks, name)
         return outs, [None] * len(outs)
     use, activation = found
-    return [tape.record(use, activation(inputs[1 - holders[0]]), mark.factor, outs[0])], [None]  # type: ignore[union-attr]
+    others = [x for i, x in enumerate(inputs) if i != holders[0]]
+    return [tape.record(use, activation(*others), mark.factor, outs[0])], [None]  # type: ignore[union-attr]
 
 
 def _view(eqn: Any, mark: Mark) -> Mark | None:
@@ -343,6 +348,45 @@ def _convolution(eqn: Any, side: int, mark: Mark) -> Found | None:
         return jnp.moveaxis(delta.reshape(positions, groups, out // groups), 1, 0)
 
     return Use(mark.piece, layout, mark.scans, "conv_general_dilated", sensitivity), activation
+
+
+def _lookup(eqn: Any, side: int, mark: Mark) -> Found | None:
+    """A `gather`, or a `dynamic_slice`, of whole rows of a table along one axis."""
+    sizes = eqn.params["slice_sizes"]
+    axes = [i for i, (size, seen) in enumerate(zip(sizes, mark.seen)) if size != seen]
+    if side != 0 or mark.factor is not None or len(axes) != 1 or sizes[axes[0]] != 1:
+        return None
+    axis, count, out = axes[0], mark.seen[axes[0]], eqn.outvars[0].aval
+    if eqn.primitive.name == "dynamic_slice":
+        mode, column, offset = Mode.CLIP, axis, range(out.ndim)
+    else:
+        numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+        # Along the other axes a slice starts at 0, or is dropped.
+        alone = numbers.start_index_map == (axis,) or (axis in numbers.start_index_map and mode != Mode.FILL_OR_DROP)
+        if not alone or mode not in (Mode.CLIP, Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS):
+            return None
+        column, offset = numbers.start_index_map.index(axis), numbers.offset_dims
+    lead, width = math.prod(mark.shape[: mark.lead]), math.prod(mark.seen) // count
+    view = mark.transposed((axis, *_others(len(mark.seen), (axis,))))
+    layout = Layout((), (*view.steps, ("reshape", (lead, count, width))))
+    order = (*_others(out.ndim, offset), *offset)
+
+    def activation(*indices: Array) -> Array:
+        index = indices[column] if eqn.primitive.name == "dynamic_slice" else indices[0][..., column]
+        index = jnp.clip(index, 0, count - 1) if mode == Mode.CLIP else index
+        within = (index >= 0) & (index < count)
+        return jnp.where(within, jnp.where(within, index, 0).astype(jnp.int32), -1).reshape(1, -1, 1)
+
+    sensitivity = lambda delta: jnp.transpose(delta, order).reshape(1, -1, width)  # noqa: E731
+    return Use(mark.piece, layout, mark.scans, eqn.primitive.name, sensitivity, picked=True), activation
+
+
+FIND: dict[str, Callable[[Any, int, Mark], Found | None]] = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "gather": _lookup,
+    "dynamic_slice": _lookup,
+}
 
 
 def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:

@@ -117,8 +117,8 @@ class Gram:
 
     Args:
         rows: pytree shaped like the parameters with one more, leading, axis of n rows; or one array (n, p). In
-            the place of a leaf there may be its rows as outer products, `Outer` or `Pieces`, as `layers.capture` finds
-            them.
+            the place of a leaf there may be its rows as outer products, `Outer`, `Picked` or `Pieces`, as
+            `layers.capture` finds them.
         residual: e, shape (n,), with g = Aᴴe for the gradient that is to be solved for, or None. A solver that works
             on rows then need not recover e from g; it checks that the two still belong together.
 

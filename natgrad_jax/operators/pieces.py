@@ -12,6 +12,9 @@ from jax import Array
 
 from natgrad_jax._tree import PyTree, accumulator
 from natgrad_jax.operators.outer import Layout, Outer
+from natgrad_jax.operators.picked import Picked
+
+OfPiece = Outer | Picked
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,15 @@ class Pieces:
     """Rows of a leaf, of which the rows of disjoint pieces are known, and the rest is 0.
 
     Attributes:
-        parts: rows of the pieces, `Outer`.
+        parts: rows of the pieces, `Outer` or `Picked`.
         layout: of the parts.
     """
 
-    parts: tuple[Outer, ...]
+    parts: tuple[OfPiece, ...]
     layout: "Cut"
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], parts: Sequence[tuple[Layout, Outer]]) -> "Pieces":
+    def of(cls, shape: tuple[int, ...], parts: Sequence[tuple[Layout, OfPiece]]) -> "Pieces":
         """From the way that each piece is cut out of a leaf of this shape, and its rows."""
         places = places_of(shape)
         parts = sorted(parts, key=lambda part: int(part[0].matrices(places).min()))
@@ -77,7 +80,7 @@ class Pieces:
             return sum(part.kernel(inverse) for part in self.parts)  # type: ignore[return-value]
         return sum(part.kernel(x) for part, x in self._each(inverse))  # type: ignore[return-value]
 
-    def _each(self, leaf: Array) -> list[tuple[Outer, Array]]:
+    def _each(self, leaf: Array) -> list[tuple[OfPiece, Array]]:
         return [(part, window.matrices(leaf)) for part, window in zip(self.parts, self.layout.windows, strict=True)]
 
 
@@ -118,7 +121,7 @@ def places_of(shape: tuple[int, ...]) -> Any:
 
 def is_outer(x: Any) -> bool:
     """Whether x is rows in factors."""
-    return isinstance(x, Outer | Pieces)
+    return isinstance(x, Outer | Picked | Pieces)
 
 
 def explicit(rows: PyTree) -> PyTree:
