@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import OneExample, PyTree, concrete, leading_axis
 from natgrad_jax.layers import walk
-from natgrad_jax.layers.walk import Mark, Piece, Route, Tape, Use
+from natgrad_jax.layers.walk import Mark, Marks, Piece, Route, Tape, Use
 from natgrad_jax.operators.outer import Layout, Outer
 from natgrad_jax.operators.picked import Picked
 from natgrad_jax.operators.pieces import OfPiece, Pieces, is_outer, places_of
@@ -37,7 +37,7 @@ class Plan:
     """
 
     jaxpr: Any
-    marks: list[Mark | None]
+    marks: list[Marks]
     leaves: list[jax.ShapeDtypeStruct]
     k: int
     uses: list[tuple[Use, tuple[int, int, int, int]]]
@@ -59,7 +59,7 @@ class Plan:
         if not known and walk.holds(jaxpr.jaxpr, ("custom_vjp_call", "custom_jvp_call")):
             # Another function, since a trace of the same one is remembered.
             _check_rules(lambda: jax.make_jaxpr(lambda *args: outputs(*args))(leaves, points))
-        marks: list[Mark | None] = [_mark(i, leaf) for i, leaf in enumerate(leaves)] + [None] * len(points)
+        marks: list[Marks] = [_mark(i, leaf) for i, leaf in enumerate(leaves)] + [()] * len(points)
         tape = Tape()
 
         def first(*args: Array) -> tuple[list[Array], list[Any]]:
@@ -71,7 +71,13 @@ class Plan:
         uses = []
         for use, other in zip(tape.uses, others, strict=True):
             moved = use.layout.steps[len(use.piece.steps) :]
-            use = replace(use, layout=Layout(_window(leaves, use.piece).shapes[-1], moved))
+            layout = Layout(_window(leaves, use.piece).shapes[-1], moved)
+            box = _box(layout)
+            if box is not None:
+                layout = replace(layout, steps=(*moved, ("slice", box)))
+                if math.prod(layout.shapes[-1]) != math.prod(layout.shape):
+                    tape.refused.setdefault(use.piece, "a part of matrices that is none")
+            use = replace(use, layout=layout, box=box)
             (g, i, o), t = use.layout.shapes[-1], other.shape[1]
             uses.append((use, (g, t, i, o)))
             if t == 0:
@@ -180,6 +186,22 @@ class Plan:
         return "slices that overlap" if any(use.piece.leaf == leaf for use, _ in self.uses) else "no use"
 
 
+def _box(layout: Layout) -> tuple[tuple[int, int], ...] | None:
+    """Where the leaf is in matrices that hold other numbers too: from the first to the last on each axis."""
+    if not any(kind == "pad" for kind, _ in layout.steps):
+        return None
+    held = np.nonzero(layout.matrices(np.ones(layout.shape, bool)))
+    return tuple((int(where.min()), int(where.max()) + 1) for where in held)
+
+
+def _cropped(use: Use, activation: Array, delta: Array) -> tuple[Array, Array]:
+    """(n, G, T, I) and (n, k, G, T, O) of the box of a use."""
+    if use.box is None:
+        return activation, delta
+    g, i, o = (slice(*ends) for ends in use.box)
+    return activation[:, g, :, i], delta[:, :, g, :, o]
+
+
 def _window(leaves: list[jax.ShapeDtypeStruct], piece: Piece) -> Layout:
     return Layout(leaves[piece.leaf].shape, piece.steps)
 
@@ -209,9 +231,9 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _mark(i: int, leaf: jax.ShapeDtypeStruct) -> Mark | None:
+def _mark(i: int, leaf: jax.ShapeDtypeStruct) -> Marks:
     usable = jnp.issubdtype(leaf.dtype, jnp.floating) and math.prod(leaf.shape) > 0
-    return Mark(i, (), leaf.shape) if usable else None
+    return (Mark(i, (), leaf.shape),) if usable else ()
 
 
 def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: bool, always: bool = False) -> PyTree:
@@ -251,13 +273,14 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         raise BoundRuleError(BOUND) from error
     deltas, gradients = _tree.raised((deltas, gradients))
     others = [x if jnp.issubdtype(x.dtype, jnp.integer) else _tree.raised(x) for x in others]
+    factors = [_cropped(use, x, delta) for (_, use), x, delta in zip(kept, others, deltas, strict=True)]
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
         built[i] = _weighted(_centred(gradient, roots) if centred else gradient, roots)
     parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
     for route in followed:
         places = [j for j, (_, use) in enumerate(kept) if use.route == route]
-        pairs = [(others[j][:, None], _roots(roots, 5).astype(deltas[j].dtype) * deltas[j]) for j in places]
+        pairs = [(x[:, None], _roots(roots, 5).astype(d.dtype) * d) for x, d in (factors[j] for j in places)]
         outer = _outer(plan, route, kept[places[0]][1].layout, pairs, roots if centred else None)
         piece, _ = route
         if piece.steps:
@@ -343,10 +366,10 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
 
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
-    scan, reshapes, slices, casts and multiples by one number, matrix products, einsum, convolutions, and tables that
-    are looked up (embeddings). A leaf with any other use has plain rows (biases and scales of units always, for which
-    they are the cheapest form). A flat vector of parameters, that f cuts into weights and biases, has rows for each
-    piece.
+    scan, reshapes, slices, joins, casts and multiples by one number, matrix products, einsum, convolutions, and tables
+    that are looked up (embeddings). A leaf with any other use has plain rows (biases and scales of units always, for
+    which they are the cheapest form). A flat vector of parameters, that f cuts into weights and biases, has rows for
+    each piece.
 
     Args:
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.

@@ -1,10 +1,10 @@
 """One walk over a jaxpr, which finds the products that a parameter leaf enters.
 
-A leaf is followed through reshapes, transposes, slices, casts and multiples, into jit, remat and scan. Where it enters
-a `dot_general` or a convolution whose other operand is no leaf, or is a table that is looked up, the walk adds a zero
-to the output and keeps the other operand: the derivative with respect to that zero is the sensitivity, the other one is
-the activation. Any other use is named, and the leaf, or the slice of it that is used so, is then differentiated as a
-whole: slower, never wrong.
+A leaf is followed through reshapes, transposes, slices, joins, casts and multiples, into jit, remat and scan. Where it
+enters a `dot_general` or a convolution whose other operand is no leaf, or is a table that is looked up, the walk adds a
+zero to the output and keeps the other operand: the derivative with respect to that zero is the sensitivity, the other
+one is the activation. Any other use is named, and the leaf, or the slice of it that is used so, is then differentiated
+as a whole: slower, never wrong.
 """
 
 import itertools
@@ -35,6 +35,9 @@ class Piece:
 @dataclass(frozen=True)
 class Mark:
     """A variable that is a view of a leaf: an array of this shape, after `steps`, times `factor`.
+
+    Of several leaves that are joined, with each other or with numbers that are none, each is a view in the place of the
+    sum of all: zeros stand where the others are.
 
     `scans` has an entry for every scan that the walk is in: whether it runs over the view, an axis of which is then
     in front of those that are seen, or closes over it. `factor` is one number, of shape (), or None for 1.
@@ -78,9 +81,23 @@ class Mark:
         shape = tuple(end - start for start, end in full)
         return self if shape == self.shape else replace(self, steps=(*self.steps, ("slice", full)), shape=shape)
 
+    def padded(self, axis: int, before: int, after: int) -> "Mark":
+        """The numbers as part of an array, of which they are one stretch along an axis."""
+        full = tuple((before, after) if i == self.lead + axis else (0, 0) for i in range(len(self.shape)))
+        shape = tuple(size + sum(zeros) for size, zeros in zip(self.shape, full, strict=True))
+        return replace(self, steps=(*self.steps, ("pad", full)), shape=shape)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the variable holds other numbers too."""
+        return any(kind == "pad" for kind, _ in self.steps)
+
     def times(self, factor: Any) -> "Mark":
         """The same numbers, multiplied."""
         return replace(self, factor=factor if self.factor is None else self.factor * factor)
+
+
+Marks = tuple[Mark, ...]  # of one variable: of several if leaves are joined
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,7 @@ class Use:
     sensitivity: Callable[[Array], Array]
     whole: bool = False
     picked: bool = False
+    box: tuple[tuple[int, int], ...] | None = None  # where the piece is in matrices that hold other numbers too
 
     @property
     def route(self) -> "Route":
@@ -136,42 +154,41 @@ class Tape:
         self.outputs.append(out)
         return out if self.zeros is None else out + self.zeros[place]
 
-    def refuse(self, marks: Sequence[Mark | None], reason: str) -> None:
+    def refuse(self, marks: Sequence[Marks], reason: str) -> None:
         """Name the pieces that are used in a way that is not followed."""
-        for mark in marks:
-            if mark is not None:
-                self.refused.setdefault(mark.piece, reason)
+        for mark in itertools.chain(*marks):
+            self.refused.setdefault(mark.piece, reason)
 
 
-Marked = tuple[list[Any], list[Mark | None]]
+Marked = tuple[list[Any], list[Marks]]
 
 
-def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequence[Mark | None], tape: Tape) -> Marked:
+def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequence[Marks], tape: Tape) -> Marked:
     """The outputs of a jaxpr and their marks."""
     values: dict[Any, Any] = {}
-    marked: dict[Any, Mark] = {}
+    marked: dict[Any, Marks] = {}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else values[v]
 
-    def mark_of(v: Any) -> Mark | None:
-        return None if isinstance(v, Literal) else marked.get(v)
+    def mark_of(v: Any) -> Marks:
+        return () if isinstance(v, Literal) else marked.get(v, ())
 
-    def write(v: Any, value: Any, mark: Mark | None) -> None:
+    def write(v: Any, value: Any, mark: Marks) -> None:
         values[v] = value
-        if mark is not None:
+        if mark:
             marked[v] = mark
 
     for v, value in zip(jaxpr.constvars, consts, strict=True):
-        write(v, value, None)
+        write(v, value, ())
     for v, value, mark in zip(jaxpr.invars, args, marks, strict=True):
         write(v, value, mark)
     for eqn in jaxpr.eqns:
         inputs, seen = [read(v) for v in eqn.invars], [mark_of(v) for v in eqn.invars]
-        if any(mark is not None for mark in seen):
+        if any(seen):
             outs, out_marks = _follow(eqn, inputs, seen, tape)
         else:
-            outs, out_marks = _bound(eqn, inputs), [None] * len(eqn.outvars)
+            outs, out_marks = _bound(eqn, inputs), [()] * len(eqn.outvars)
         for v, value, mark in zip(eqn.outvars, outs, out_marks, strict=True):
             write(v, value, mark)
     return [read(v) for v in jaxpr.outvars], [mark_of(v) for v in jaxpr.outvars]
@@ -199,7 +216,7 @@ def _bound(eqn: Any, inputs: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+def _follow(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked:
     """One equation that a leaf enters."""
     name = eqn.primitive.name
     if name in CALLS:
@@ -208,25 +225,39 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
         return run(body, consts, inputs, marks, tape)
     if name == "scan":
         return _scan(eqn, inputs, marks, tape)
-    if len(inputs) == 1 and marks[0] is not None:
-        view = _view(eqn, marks[0])
-        if view is not None:
-            return _bound(eqn, inputs), [view]
-    if name in ("split", "unstack") or (name == "slice" and set(eqn.params["strides"] or (1,)) == {1}):
-        return _slices(eqn, inputs, marks[0], tape)  # type: ignore[arg-type]
+    if len(inputs) == 1 and all(views := [_view(eqn, mark) for mark in marks[0]]):
+        return _bound(eqn, inputs), [tuple(view for view in views if view)]
+    cut = name in ("split", "unstack") or (name == "slice" and set(eqn.params["strides"] or (1,)) == {1})
+    if cut and not any(mark.joined for mark in marks[0]):
+        return _slices(eqn, inputs, marks[0][0], tape)
     if name in ("mul", "div", "neg"):
         return _bound(eqn, inputs), [_multiple(eqn, inputs, marks, tape)]
-    holders = [i for i, mark in enumerate(marks) if mark is not None]
-    find = FIND.get(name)
-    mark = marks[holders[0]]
-    found = find(eqn, holders[0], mark) if find and len(holders) == 1 else None  # type: ignore[arg-type]
+    if name in ("concatenate", "stack"):
+        return _bound(eqn, inputs), [_joint(eqn, marks)]
+    holders = [i for i, mark in enumerate(marks) if mark]
     outs = _bound(eqn, inputs)
-    if found is None:
+    finds = [FIND[name](eqn, holders[0], mark) for mark in marks[holders[0]]] if name in FIND else [None]
+    if len(holders) > 1 or not all(finds):
         tape.refuse(marks, name)
-        return outs, [None] * len(outs)
-    use, activation = found
+        return outs, [()] * len(outs)
     others = [x for i, x in enumerate(inputs) if i != holders[0]]
-    return [tape.record(use, activation(*others), mark.factor, outs[0])], [None]  # type: ignore[union-attr]
+    for mark, found in zip(marks[holders[0]], finds, strict=True):
+        use, activation = found  # type: ignore[misc]
+        outs[0] = tape.record(use, activation(*others), mark.factor, outs[0])
+    return outs, [()]
+
+
+def _joint(eqn: Any, marks: list[Marks]) -> Marks:
+    """The marks of arrays that are joined along an axis."""
+    stacked = eqn.primitive.name == "stack"
+    axis = eqn.params["axis" if stacked else "dimension"]
+    ends = list(itertools.accumulate((1 if stacked else v.aval.shape[axis] for v in eqn.invars), initial=0))
+    out: Marks = ()
+    for (start, end), of_input in zip(itertools.pairwise(ends), marks, strict=True):
+        for mark in of_input:
+            part = mark.reshaped((*mark.seen[:axis], 1, *mark.seen[axis:])) if stacked else mark
+            out = (*out, part.padded(axis, start, ends[-1] - end))
+    return out
 
 
 def _view(eqn: Any, mark: Mark) -> Mark | None:
@@ -246,7 +277,8 @@ def _view(eqn: Any, mark: Mark) -> Mark | None:
 
 def _slices(eqn: Any, inputs: list[Any], mark: Mark, tape: Tape) -> Marked:
     """Parts of a leaf; each may be used as a whole."""
-    outs, marks, start = _bound(eqn, inputs), [], 0
+    outs, start = _bound(eqn, inputs), 0
+    marks: list[Marks] = []
     for i, out in enumerate(outs):
         if eqn.primitive.name == "slice":
             ends = list(zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True))
@@ -261,25 +293,25 @@ def _slices(eqn: Any, inputs: list[Any], mark: Mark, tape: Tape) -> Marked:
             layout = Layout((), (*part.steps, ("reshape", (lead, 1, out.size))))
             use = Use(part.piece, layout, part.scans, eqn.primitive.name, lambda delta: delta.reshape(1, 1, -1), True)
             outs[i] = tape.record(use, jnp.ones((1, 1, 1), out.dtype), part.factor, out)
-        marks.append(part.reshaped(out.shape) if out.size else None)
+        marks.append((part.reshaped(out.shape),) if out.size else ())
     return outs, marks
 
 
-def _multiple(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Mark | None:
-    """The mark of the output, if it is a leaf times one number. That may depend on other leaves, or on products.
+def _multiple(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marks:
+    """The marks of the output, if it is a leaf times one number. That may depend on other leaves, or on products.
 
     A number that is itself a leaf, or a part of the same one, is a use of it that is not followed.
     """
     if eqn.primitive.name == "neg":
-        return marks[0].times(-jnp.ones((), eqn.outvars[0].aval.dtype))  # type: ignore[union-attr]
-    number = 0 if marks[1] is not None and eqn.invars[0].aval.size == 1 and eqn.primitive.name == "mul" else 1
-    mark, other, value = marks[1 - number], marks[number], eqn.invars[number].aval
-    if mark is None or value.size != 1 or eqn.outvars[0].aval.shape != mark.seen:
+        return tuple(mark.times(-jnp.ones((), eqn.outvars[0].aval.dtype)) for mark in marks[0])
+    number = 0 if marks[1] and eqn.invars[0].aval.size == 1 and eqn.primitive.name == "mul" else 1
+    kept, value, shape = marks[1 - number], eqn.invars[number].aval, eqn.outvars[0].aval.shape
+    if not kept or value.size != 1 or shape != kept[0].seen:
         tape.refuse(marks, eqn.primitive.name)
-        return None
-    tape.refuse([other], eqn.primitive.name)
+        return ()
+    tape.refuse([marks[number]], eqn.primitive.name)
     c = jnp.reshape(jnp.asarray(inputs[number], value.dtype), ())
-    return mark.times(1 / c if eqn.primitive.name == "div" else c)
+    return tuple(mark.times(1 / c if eqn.primitive.name == "div" else c) for mark in kept)
 
 
 def _times(x: Array, factor: Array) -> Array:
@@ -354,7 +386,7 @@ def _lookup(eqn: Any, side: int, mark: Mark) -> Found | None:
     """A `gather`, or a `dynamic_slice`, of whole rows of a table along one axis."""
     sizes = eqn.params["slice_sizes"]
     axes = [i for i, (size, seen) in enumerate(zip(sizes, mark.seen)) if size != seen]
-    if side != 0 or mark.factor is not None or len(axes) != 1 or sizes[axes[0]] != 1:
+    if side != 0 or mark.joined or mark.factor is not None or len(axes) != 1 or sizes[axes[0]] != 1:
         return None
     axis, count, out = axes[0], mark.seen[axes[0]], eqn.outvars[0].aval
     if eqn.primitive.name == "dynamic_slice":
@@ -389,7 +421,7 @@ FIND: dict[str, Callable[[Any, int, Mark], Found | None]] = {
 }
 
 
-def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+def _scan(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked:
     """A loop: leaves that it closes over are used at every step, leaves that it runs over a slice at a time."""
     closed, params = eqn.params["jaxpr"], eqn.params
     n, m, length = params["num_consts"], params["num_carry"], params["length"]
@@ -398,8 +430,8 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     changed = [n + i for i in range(m) if body.outvars[i] is not body.invars[n + i]]
     tape.refuse([marks[i] for i in changed], "the carry of a scan")
     inner = [
-        None if mark is None or i in changed else replace(mark, scans=(*mark.scans, i >= n + m))
-        for i, mark in enumerate(marks)
+        () if i in changed else tuple(replace(mark, scans=(*mark.scans, i >= n + m)) for mark in of_input)
+        for i, of_input in enumerate(marks)
     ]
     place = len(tape.uses)
     seen = Tape(None, tape.followed)
@@ -409,8 +441,8 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     def trial(*args: Any) -> list[Any]:
         outs, ends = run(body, closed.consts, args, inner, seen)
         # A view that leaves the loop is a use of its own, but for a carry that stays what it was.
-        stays = [i < m and n + i not in changed and inner[n + i] is not None for i in range(len(outs))]
-        seen.refuse([None if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
+        stays = [i < m and n + i not in changed and bool(inner[n + i]) for i in range(len(outs))]
+        seen.refuse([() if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
         return outs
 
     jax.eval_shape(trial, *structs(consts), *structs(carry), *slices)
@@ -433,8 +465,8 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
         tape.uses.append(replace(use, scans=tuple(outside), sensitivity=_stacked(use.sensitivity, over)))
         tape.others.append(_joined(other, over))
         tape.outputs.append(out)
-    unchanged = [None if n + i in changed else marks[n + i] for i in range(m)]
-    return [*carry, *ys], [*unchanged, *[None] * len(ys)]
+    unchanged = [() if n + i in changed else marks[n + i] for i in range(m)]
+    return [*carry, *ys], [*unchanged, *[()] * len(ys)]
 
 
 def _joined(x: Array, over: bool) -> Array:

@@ -24,8 +24,8 @@ class Layout:
 
     Attributes:
         shape: of the leaf.
-        steps: ("reshape", shape), ("transpose", permutation) or ("slice", (start, end) of each axis), which end at
-            shape (G, I, O), or that of the piece.
+        steps: ("reshape", shape), ("transpose", permutation), ("slice", (start, end) of each axis) or ("pad", zeros
+            before and after on each axis), which end at shape (G, I, O), or that of the piece.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +38,8 @@ class Layout:
         for kind, what in self.steps:
             if kind == "transpose":
                 what = tuple(shapes[-1][i] for i in what)
+            elif kind == "pad":
+                what = tuple(size + before + after for size, (before, after) in zip(shapes[-1], what, strict=True))
             shapes.append(tuple(end - start for start, end in what) if kind == "slice" else what)
         return shapes
 
@@ -46,6 +48,8 @@ class Layout:
         for kind, what in self.steps:
             if kind == "slice":
                 leaf = leaf[tuple(slice(*ends) for ends in what)]
+            elif kind == "pad":
+                leaf = (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, what)
             else:
                 leaf = leaf.reshape(what) if kind == "reshape" else leaf.transpose(what)
         return leaf
@@ -60,6 +64,9 @@ class Layout:
             elif kind == "slice":
                 around = [(start, size - end) for (start, end), size in zip(what, shape, strict=True)]
                 matrices = jnp.pad(matrices, [(0, 0)] * len(lead) + around)
+            elif kind == "pad":
+                inside = (slice(before, before + size) for size, (before, _) in zip(shape, what, strict=True))
+                matrices = matrices[(..., *inside)]
             else:
                 back = [len(lead) + int(i) for i in np.argsort(what)]
                 matrices = matrices.transpose(*range(len(lead)), *back)
