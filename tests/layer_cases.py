@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 _rng = np.random.default_rng(5)
 
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     batch: Any
     found: list
     slack: float = 1.0
+    found_centred: list | None = None
 
 
 def mlp(layers, x):
@@ -110,6 +112,60 @@ def carried(params, x, factor):
     return jax.lax.scan(step, (x, params), None, length=3)[0][0]
 
 
+def multiples(params, x):
+    a, b, c, d = params
+    x = jnp.tanh(x @ (2 * a)) @ (b / 3)
+    return jnp.tanh(jnp.tanh(x @ -c) @ (0.5 * -(d.T * 3).T))
+
+
+def multiple_in_a_loop(params, x):
+    """A multiple made outside of a scan over it, and in each step another one of a leaf that it closes over."""
+    many, one = params
+    step = lambda h, w: (jnp.tanh(h @ w[0] + h @ (one * w[1])), None)
+    return jax.lax.scan(step, x, (many / jnp.sum(x**2), jnp.arange(1.0, 4.0, dtype=x.dtype)))[0]
+
+
+def from_flat(make):
+    """A model of one vector, and that vector: what `make` returns a model of, and parameters."""
+    model, params = make
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    return lambda theta, x: model(unravel(theta), x), np.asarray(flat, float)
+
+
+FLAT = from_flat((mlp, LAYERS))
+
+
+def cut_by_hand(theta, x):
+    """Pieces of pieces, in several orders, with gaps; one is multiplied, one added, one of a penalty."""
+    first, rest = theta[3:38].reshape(7, 5), theta[40:]
+    a, b = rest[:42].reshape(7, 2, 3).transpose(1, 2, 0), rest[44:]
+    x = jnp.tanh(x @ first.T / theta[1])
+    return jnp.tanh(x @ (2 * a[0].T) + b[:3]) + x @ a[1].T + jnp.sum(b[3:] ** 2)
+
+
+def flat_layers(params, x):
+    """Every layer is a vector, cut inside of the loop over them."""
+    layer = lambda h, p: (jnp.tanh(h @ p[:25].reshape(5, 5) + p[25:]), None)
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def flat_recurrent(theta, x):
+    """A vector that a loop closes over, cut inside and outside of it, where the pieces are the same."""
+    cut = lambda: jnp.split(theta, [36, 66])
+    start = jnp.tanh(cut()[2])
+
+    def step(h, x):
+        a, b, c = cut()
+        return jnp.tanh(h @ a.reshape(6, 6) / 2 + x @ b.reshape(5, 6) + c), None
+
+    return jax.vmap(lambda xs: jax.lax.scan(step, start, xs)[0])(x)
+
+
+def piece_in_a_carry(w, x):
+    changed = jax.lax.scan(lambda c, _: (jnp.tanh(c), None), w[5:], None, length=2)[0]
+    return jnp.tanh(x @ w[:5]) + jnp.sum(changed, 0)
+
+
 def normalised(params, x):
     h = jnp.tanh(x @ params["w"])
     return params["g"] * (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
@@ -141,6 +197,41 @@ def in_equinox():
 def in_haiku():
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
     return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
+
+
+WORDS = {"e": normal(12, 3), "w": normal(3, 2)}
+TOKENS = np.array([[0, 3, 3, 11, 3], [1, 0, 0, 3, -1], [5, 5, 5, 5, 5], [-12, 2, 11, 1, 0]])
+STRANGE = np.array([[0, 3, 12, 11, 3], [1, -13, 0, 40, -1], [12, 12, 12, 12, -12], [-40, 2, 11, 1, 0]])
+
+
+def embedded(take, params, x):
+    return jnp.sum(jnp.tanh(take(params["e"], x, axis=0) @ params["w"]), axis=1)
+
+
+def dropped(table, x):
+    """Rows that begin beside the table are not there."""
+    numbers = jax.lax.GatherDimensionNumbers((2,), (0,), (0, 1))
+    starts = jnp.stack([x % 12, x % 2], -1)
+    return jax.lax.gather(table, starts, numbers, (1, 3), mode="fill", fill_value=0.5)
+
+
+def embedded_in_a_loop(params, x):
+    """A table for all steps, and one for each."""
+    one, many = params
+    step = lambda h, table: (jnp.tanh(h + one[x] * jnp.sum(table[x], 1, keepdims=True)), None)
+    return jnp.sum(jax.lax.scan(step, jnp.zeros((*x.shape, 3), one.dtype), many)[0], 1)
+
+
+def in_linen_embed():
+    model = nn.Sequential([nn.Embed(12, 4), nn.Dense(3), jnp.tanh, lambda h: jnp.sum(h, 1)])
+    params = model.init(jax.random.key(0), abs(TOKENS))
+    return Case(model.apply, params, abs(TOKENS) % 12, [True, False, True], found_centred=[False, False, True])
+
+
+def in_equinox_embedding():
+    table, static = eqx.partition(eqx.nn.Embedding(12, 4, key=jax.random.key(0)), eqx.is_array)
+    model = lambda table, x: jnp.sum(jnp.tanh(jax.vmap(jax.vmap(eqx.combine(table, static)))(x)), 1)
+    return Case(model, table, TOKENS, [True], found_centred=[False])
 
 
 CASES = {
@@ -197,11 +288,118 @@ CASES = {
         lambda w, x: jnp.sum(jax.lax.scan(lambda c, _: (jax.jit(lambda a: a.T)(w), x @ w), jnp.zeros((5, 5), x.dtype),
                                           None, length=2)[0], 0)[None] + x * 0 + x @ w, normal(5, 5), X, [False],
     ),
-    "halved": Case(lambda w, x: jnp.tanh(x @ (w / 2)), normal(5, 7), X, [False]),
-    "sliced": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
-    "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [False, False]),
+    "multiples": Case(multiples, [normal(5, 7), normal(7, 5), normal(5, 5), normal(5, 2)], X, [True] * 4),
+    "a multiple by data": Case(lambda w, x: jax.vmap(lambda x: x @ (w.T / jnp.sum(x**2)).T)(x), normal(5, 7), X,
+                               [True]),
+    "tied to its multiple": Case(lambda w, x: jnp.tanh(x @ w) @ (-2 * w).T, normal(5, 7), X, [True]),
+    "times another leaf": Case(lambda p, x: jnp.tanh(x @ (p["c"] * p["w"])) @ (p["v"] / jnp.exp(p["b"])),
+                               {"b": normal(1), "c": normal(1, 1), "v": normal(7, 2), "w": normal(5, 7)}, X,
+                               [False, False, True, True]),
+    "times one of its products": Case(lambda w, x: jax.vmap(lambda x: x @ (w * jnp.sum(jnp.tanh(x @ w))))(x),
+                                      normal(5, 7), X, [True]),
+    "of its own length": Case(lambda w, x: jnp.tanh(x @ (w / jnp.linalg.norm(w))), normal(5, 7), X, [False]),
+    "times its own entry": Case(lambda w, x: x @ (w * w[:1, :1]), normal(5, 7), X, [False]),
+    "one number, times and in a product": Case(lambda p, x: x @ (p[0] * p[1]) + x[:, :1] @ p[0],
+                                               [normal(1, 1), normal(5, 7)], X, [False, True]),
+    "spread by a multiple": Case(lambda w, x: x[:, :1] @ (w * x[:1, :1]), normal(), X, [False]),
+    "a multiple within a loop": Case(multiple_in_a_loop, [normal(3, 5, 5), normal(5, 5)], X, [True, True]),
+    "flat vector": Case(*FLAT, X, [True]),
+    "flat vector of a recurrence": Case(
+        *from_flat((recurrent, {"h": normal(6, 6) / 2, "x": normal(5, 6), "b": normal(6)})), normal(4, 7, 5), [True]),
+    "flat vector of tied weights": Case(
+        *from_flat((lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["w"].T, {"w": normal(5, 7), "b": normal(7)})), X,
+        [True]),
+    "flat vector of a deeper one": Case(
+        *from_flat((lambda p, x: FLAT[0](p["a"], x * p["b"]), {"a": FLAT[1], "b": normal(5)})), X, [True]),
+    "cut by hand": Case(cut_by_hand, normal(95), X, [True]),
+    "layers of a stack": Case(lambda p, x: mlp(list(zip(*p, strict=True)), x), [normal(3, 5, 5), normal(3, 5)], X,
+                              [True, False]),
+    "columns": Case(lambda w, x: jnp.tanh(jnp.tanh(x @ w[:, :3]) @ w[:3, 3:7] @ jnp.split(w[:, 7:], 2, 1)[1][:4]),
+                    normal(5, 11), X, [True]),
+    "unstacked": Case(lambda w, x: jnp.tanh(x @ w[:, 0]) @ jnp.unstack(w[:, 1:], axis=1)[1].T, normal(5, 3, 7), X,
+                      [True]),
+    "gaps": Case(lambda p, x: (lambda q: jnp.tanh(x @ q[3:38].reshape(5, 7) + q[40:47]))(2 * p), normal(50), X, [True]),
+    "within a loop and without": Case(lambda p, x: flat_layers(p, x) + jnp.sum(p[:, 25:] ** 2), normal(3, 30), X,
+                                      [False]),
+    "flat layers": Case(flat_layers, normal(3, 30), X, [True]),
+    "flat recurrence": Case(flat_recurrent, normal(72), normal(4, 3, 5), [True]),
+    "a piece in a carry": Case(piece_in_a_carry, normal(8, 7), X, [True]),
+    "a piece put out": Case(lambda w, x: (jnp.tanh(x @ w[:5]), jnp.broadcast_to(w[5:], (len(x), 3, 7))), normal(8, 7),
+                            X, [True]),
+    "pieces that overlap": Case(lambda w, x: jnp.tanh(x @ w[:5]) + x @ w[3:8], normal(8, 5), X, [False]),
+    "a piece and the whole": Case(lambda w, x: jnp.tanh(x @ w) + x[:, :2] @ w[:2], normal(5, 7), X, [False]),
+    "a piece of a piece": Case(lambda w, x: jnp.tanh(x @ w[:5]) + w[:5][0] + x[:, :3] @ w[5:], normal(8, 7), X,
+                               [False]),
+    "a piece in two ways": Case(lambda w, x: jnp.tanh(x @ w[:5] @ w[:5]) @ w[5:], normal(10, 5), X, [True]),
+    "a piece in a product and otherwise": Case(
+        lambda w, x: jnp.tanh(x @ w[:5]) @ w[5:] + jnp.sum(w[5:] ** 2), normal(12, 7), X, [True]),
+    "pieces that disagree": Case(lambda w, x: x @ w[:15].reshape(5, 3) + x[:, :3] @ w[:15].reshape(3, 5)[:, :3],
+                                 normal(20), X, [False]),
+    "every other row": Case(lambda w, x: jnp.tanh(x @ jax.lax.slice(w, (0, 0), (10, 7), (2, 1))), normal(10, 7), X,
+                            [False]),
+    "an empty piece": Case(lambda w, x: jnp.tanh(x @ w[:5] + jnp.sum(w[5:])), normal(5, 7), X, [True]),
+    "joined": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)), [normal(5, 3), normal(5, 4)], X, [True, True]),
+    "joined to a bias": Case(
+        lambda p, x: jnp.tanh(jnp.append(x, jnp.ones_like(x[:, :1]), 1) @ jnp.concatenate([p["w"], p["b"][None]])),
+        {"b": normal(7), "w": normal(5, 7)}, X, [True, True]),
+    "joined to numbers": Case(
+        lambda w, x: jnp.tanh(jnp.concatenate([jnp.ones((7, 2), w.dtype), w.T, 2 * w.T], 1)[:, :, None].reshape(7, 12)
+                              @ jnp.concatenate([x, x, x[:, :2]], 1).T).T, normal(5, 7), X, [True]),
+    "stacked": Case(lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack(w))[0],
+                    [normal(5, 5), normal(5, 5), normal(5, 5)], X, [True] * 3),
+    "stacked behind": Case(
+        lambda w, x: jnp.sum(jnp.tanh(jnp.einsum("bi,ijo->bjo", x, jnp.stack([w[0], -w[1], w[0]], 1))), 1),
+        [normal(5, 7), normal(5, 7)], X, [True, True]),
+    "joined pieces": Case(*from_flat((lambda p, x: jnp.tanh(x @ jnp.concatenate([p["a"], p["b"].T], 1)) * p["c"],
+                                      {"a": normal(5, 3), "b": normal(4, 5), "c": normal(7)})), X, [True]),
+    "joined, then cut": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)[:, 1:]), [normal(5, 3), normal(5, 4)], X,
+                             [False, False]),
+    "joined across the grain": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w).reshape(5, 7)),
+                                    [normal(17), normal(18)], X, [False, False]),
+    "joined tables": Case(lambda e, x: jnp.sum(jnp.tanh(jnp.concatenate(e)[x]), 1), [normal(5, 3), normal(7, 3)],
+                          TOKENS, [False, False]),
+    "joined kernels": Case(lambda c, x: convolution({"c": jnp.concatenate(c, 3), "w": jnp.ones((72, 2), x.dtype)}, x),
+                           [normal(3, 2, 2, 1), normal(3, 2, 2, 3)], normal(4, 6, 6, 2), [True, True]),
+    "joined and alone": Case(lambda w, x: jnp.tanh(x @ jnp.concatenate(w, 1)) + jnp.sum(w[0] ** 2),
+                             [normal(5, 3), normal(5, 4)], X, [False, True]),
     "embedded": Case(lambda p, x: jnp.tanh(p["e"][x] @ p["w"]), {"e": normal(9, 5), "w": normal(5, 7)},
-                     np.array([0, 3, 3, 8]), [False, True]),
+                     np.array([0, 3, 3, 8]), [True, True], found_centred=[False, True]),
+    "embedded words": Case(partial(embedded, jnp.take), WORDS, TOKENS, [True, True], found_centred=[False, True]),
+    "embedded one by one": Case(lambda p, x: embedded(lambda e, x, axis: jax.vmap(jax.vmap(lambda i: e[i]))(x), p, x),
+                                WORDS, TOKENS, [True, True], found_centred=[False, True]),
+    "embedded, clipped": Case(partial(embedded, partial(jnp.take, mode="clip")), WORDS, STRANGE, [True, True],
+                              found_centred=[False, True]),
+    "embedded, filled": Case(partial(embedded, lambda e, x, axis: e.at[x].get(mode="fill", fill_value=0.3)), WORDS,
+                             STRANGE, [True, True], found_centred=[False, True]),
+    "embedded, promised": Case(partial(embedded, lambda e, x, axis: e.at[x].get(mode="promise_in_bounds")), WORDS,
+                               TOKENS, [True, True], found_centred=[False, True]),
+    "embedded in columns": Case(
+        lambda e, x: jnp.sum(jnp.tanh(jnp.take(e.reshape(3, 12, 2), x, axis=1)), axis=(0, 2)), normal(36, 2), TOKENS,
+        [True], found_centred=[False]),
+    "embedded at one place": Case(lambda e, x: jax.lax.map(lambda i: jnp.tanh(e[i] + e[2 - i]), x[:, 0]), normal(12, 3),
+                                  TOKENS % 3, [True], found_centred=[False]),
+    "embedded in a loop": Case(embedded_in_a_loop, [normal(12, 3), normal(3, 12, 3)], TOKENS, [True, True],
+                               found_centred=[False, False]),
+    "a small table": Case(partial(embedded, jnp.take), {"e": normal(2, 3), "w": normal(3, 2)}, TOKENS % 2, [True, True],
+                          found_centred=[False, True]),
+    "embedded in a flat vector": Case(*from_flat((partial(embedded, jnp.take), WORDS)), TOKENS, [True]),
+    "one-hot": Case(partial(embedded, lambda e, x, axis: jax.nn.one_hot(x, 12, dtype=e.dtype) @ e), WORDS, TOKENS,
+                    [True, True]),
+    "embedded and projected": Case(lambda e, x: jnp.sum(jnp.tanh(e[x]), 1) @ e.T, normal(12, 3), TOKENS, [False]),
+    "embedded from a batch of one": Case(lambda e, x: jnp.sum(jnp.tanh(jax.vmap(lambda e, x: e[x])(e[None], x)), 1),
+                                         normal(12, 3), TOKENS, [True], found_centred=[False]),
+    "embedded and one-hot": Case(lambda e, x: jnp.sum(jnp.tanh(jax.nn.one_hot(x, 12, dtype=e.dtype) @ e + e[x]), 1),
+                                 normal(12, 3), TOKENS, [False]),
+    "embedded both ways": Case(lambda e, x: jnp.sum(jnp.tanh(e[x % 5]) + e.T[x % 5], 1), normal(5, 5), TOKENS, [False]),
+    "dropped along another axis": Case(lambda e, x: jnp.sum(jnp.tanh(dropped(e, x)), 1), normal(12, 3), TOKENS,
+                                       [False]),
+    "embedded along two axes": Case(lambda e, x: jnp.sum(jnp.tanh(e[x, x % 3]), 1), normal(12, 3, 2), TOKENS, [False]),
+    "a multiple of a table": Case(lambda e, x: jnp.sum(jnp.tanh((2 * e)[x]), 1), normal(12, 3), TOKENS, [False]),
+    "a block of a table": Case(
+        lambda e, x: jax.vmap(lambda i: jnp.tanh(jax.lax.dynamic_slice_in_dim(e, i[0], 2)))(x), normal(12, 3), TOKENS,
+        [False]),
+    "linen.Embed": in_linen_embed(),
+    "equinox.Embedding": in_equinox_embedding(),
     "either branch": Case(lambda w, x: jax.vmap(lambda x: jax.lax.cond(x[0] > 0, lambda: x @ w, lambda: 2 * x @ w))(x),
                           normal(5, 7), X, [False]),
     "unused": Case(lambda p, x: jnp.tanh(x @ p[0]), [normal(5, 7), normal(3, 3)], X, [True, False]),

@@ -13,8 +13,10 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import OneExample, PyTree, concrete, leading_axis
 from natgrad_jax.layers import walk
-from natgrad_jax.layers.walk import Mark, Tape, Use
-from natgrad_jax.operators.outer import Layout, Outer, is_outer
+from natgrad_jax.layers.walk import Mark, Marks, Piece, Route, Tape, Use
+from natgrad_jax.operators.outer import Layout, Outer
+from natgrad_jax.operators.picked import Picked
+from natgrad_jax.operators.pieces import OfPiece, Pieces, is_outer, places_of
 
 OfOne = Callable[[PyTree, PyTree], PyTree]
 SAVED = 2  # a leaf is kept in factors if they are smaller than its rows by this
@@ -31,16 +33,16 @@ class Plan:
         k: number of outputs.
         uses: of all leaves, in the order of the walk, with G, T, I and O of each.
         outputs: of the products of these uses.
-        refused: the leaves with a use that is not followed, and what it is.
+        refused: the pieces of leaves with a use that is not followed, and what it is.
     """
 
     jaxpr: Any
-    marks: list[Mark | None]
+    marks: list[Marks]
     leaves: list[jax.ShapeDtypeStruct]
     k: int
     uses: list[tuple[Use, tuple[int, int, int, int]]]
     outputs: list[jax.ShapeDtypeStruct]
-    refused: dict[int, str]
+    refused: dict[Piece, str]
 
     @classmethod
     def of(cls, f: OfOne, params: PyTree, x: PyTree) -> "Plan":
@@ -57,7 +59,7 @@ class Plan:
         if not known and walk.holds(jaxpr.jaxpr, ("custom_vjp_call", "custom_jvp_call")):
             # Another function, since a trace of the same one is remembered.
             _check_rules(lambda: jax.make_jaxpr(lambda *args: outputs(*args))(leaves, points))
-        marks: list[Mark | None] = [_mark(i, leaf) for i, leaf in enumerate(leaves)] + [None] * len(points)
+        marks: list[Marks] = [_mark(i, leaf) for i, leaf in enumerate(leaves)] + [()] * len(points)
         tape = Tape()
 
         def first(*args: Array) -> tuple[list[Array], list[Any]]:
@@ -68,48 +70,140 @@ class Plan:
         others, outs = jax.eval_shape(first, *leaves, *points)
         uses = []
         for use, other in zip(tape.uses, others, strict=True):
-            use = replace(use, layout=replace(use.layout, shape=leaves[use.leaf].shape))
-            g, t, i = other.shape
-            uses.append((use, (g, t, i, math.prod(leaves[use.leaf].shape) // (g * i))))
+            moved = use.layout.steps[len(use.piece.steps) :]
+            layout = Layout(_window(leaves, use.piece).shapes[-1], moved)
+            box = _box(layout)
+            if box is not None:
+                layout = replace(layout, steps=(*moved, ("slice", box)))
+                if math.prod(layout.shapes[-1]) != math.prod(layout.shape):
+                    tape.refused.setdefault(use.piece, "a part of matrices that is none")
+            use = replace(use, layout=layout, box=box)
+            (g, i, o), t = use.layout.shapes[-1], other.shape[1]
+            uses.append((use, (g, t, i, o)))
             if t == 0:
-                tape.refused.setdefault(use.leaf, "no position")
+                tape.refused.setdefault(use.piece, "no position")
         return cls(jaxpr, marks, leaves, jaxpr.out_avals[0].size, uses, outs, tape.refused)
 
-    def of_leaf(self, leaf: int) -> list[tuple[Use, tuple[int, int, int, int]]]:
-        """The uses of one leaf, if all of its uses are followed."""
-        return [] if leaf in self.refused else [pair for pair in self.uses if pair[0].leaf == leaf]
+    def pieces(self, leaf: int) -> list[Piece]:
+        """What of a leaf is used, the whole of it mostly; nothing if that are pieces that overlap."""
+        found = dict.fromkeys([*(use.piece for use, _ in self.uses if not use.whole), *self.refused])
+        pieces = [piece for piece in found if piece.leaf == leaf]
+        if len(pieces) < 2:
+            return pieces
+        places = places_of(self.leaves[leaf].shape)
+        seen = [np.ravel(self.window(piece).matrices(places)) for piece in pieces]
+        return pieces if np.max(np.bincount(np.concatenate(seen))) == 1 else []
 
-    def factor_size(self, leaf: int) -> float:
-        """Numbers that the factors of a leaf hold for each example; inf if it has none."""
-        uses = self.of_leaf(leaf)
-        if not uses or self.orders(leaf) is None:
+    def window(self, piece: Piece) -> Layout:
+        """From the leaf to a piece."""
+        return _window(self.leaves, piece)
+
+    def size(self, piece: Piece) -> int:
+        """Numbers that the rows of a piece hold for each example."""
+        return self.k * math.prod(self.window(piece).shapes[-1])
+
+    def of_route(self, route: Route) -> list[tuple[Use, tuple[int, int, int, int]]]:
+        """The uses of one piece, if all of its uses are followed; or those of it as a whole."""
+        piece, whole = route
+        return [] if piece in self.refused and not whole else [pair for pair in self.uses if pair[0].route == route]
+
+    def factor_size(self, piece: Piece) -> float:
+        """Numbers that the factors of a piece hold for each example; inf if it has none."""
+        if self.orders((piece, False)) is None:
             return math.inf
-        return sum(g * t * (i + self.k * o) for _, (g, t, i, o) in uses)
+        uses = self.of_route((piece, False))
+        return sum(g * t * ((1 if use.picked else i) + self.k * o) for use, (g, t, i, o) in uses)
 
-    def orders(self, leaf: int) -> list[bool] | None:
+    def picked(self, piece: Piece) -> bool:
+        """Whether a piece is a table of which rows are picked."""
+        return any(use.picked for use, _ in self.of_route((piece, False)))
+
+    def orders(self, route: Route) -> list[bool] | None:
         """Of each use, whether its two sides are exchanged with respect to the first; None if neither way fits."""
-        uses = [use for use, _ in self.of_leaf(leaf)]
-        if len(uses) == 1:
-            return [False]
-        indices = np.arange(math.prod(self.leaves[leaf].shape)).reshape(self.leaves[leaf].shape)
+        uses = [use for use, _ in self.of_route(route)]
+        if len(uses) < 2:
+            return [False] if uses else None
+        if len({use.picked for use in uses}) == 2:
+            return None
+        indices = places_of(uses[0].layout.shape)
         first, *rest = (use.layout.matrices(indices) for use in uses)
         orders = [False]
         for other in rest:
             if np.array_equal(first, other):
                 orders.append(False)
-            elif np.array_equal(first, other.swapaxes(1, 2)):
+            elif np.array_equal(first, other.swapaxes(1, 2)) and not uses[0].picked:
                 orders.append(True)
             else:
                 return None
         return orders
 
-    def followed(self, always: bool = False) -> frozenset[int]:
-        """The leaves that are kept in factors: where they are smaller than the rows, or `always` where it can be."""
-        size = lambda leaf: self.k * math.prod(self.leaves[leaf].shape)  # noqa: E731
-        pays = lambda leaf: always or SAVED * self.factor_size(leaf) <= size(leaf)  # noqa: E731
-        return frozenset(
-            leaf for leaf in range(len(self.leaves)) if math.isfinite(self.factor_size(leaf)) and pays(leaf)
-        )
+    def followed(self, always: bool = False, centred: bool = False) -> frozenset[Route]:
+        """What is kept in factors: where they are smaller than the rows, or `always` where it can be.
+
+        Of a leaf that is cut, some of the pieces; then the others are used as a whole. Rows that are picked are not,
+        if they are centred: the mean is in every row.
+        """
+        routes: list[Route] = []
+        for leaf in range(len(self.leaves)):
+            of_leaf = [
+                (piece, (centred and self.picked(piece)) or not self._pays(piece, always))
+                for piece in self.pieces(leaf)
+            ]
+            if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
+                routes += of_leaf
+        return frozenset(routes)
+
+    def _pays(self, piece: Piece, always: bool) -> bool:
+        numbers = self.factor_size(piece)
+        return math.isfinite(numbers) and (always or SAVED * numbers <= self.size(piece))
+
+    def described(self, leaf: int) -> str:
+        """The uses of a leaf, and what its rows and the kernel take in either form."""
+        found, numbers, cost = [], 0.0, 0
+        pieces, reasons = self.pieces(leaf), [why for piece, why in self.refused.items() if piece.leaf == leaf]
+        for piece in pieces:
+            uses = self.of_route((piece, False))
+            what = ", ".join(f"{use.where} of {g} × ({a}, {b}) at {t}" for use, (g, t, a, b) in uses)
+            found.append(what or f"whole: {self.refused[piece]}")
+            if piece.steps:
+                found[-1] = f"{self.window(piece).shapes[-1]} in {found[-1]}"
+            kept = math.isfinite(self.factor_size(piece))
+            numbers += self.factor_size(piece) if kept else self.size(piece)
+            cost += (
+                sum(g * t * t * ((1 if use.picked else a) + b) for use, (g, t, a, b) in uses)
+                if kept
+                else self.size(piece) // self.k
+            )
+        if not pieces:
+            found = [f"whole: {reasons[0] if reasons else self._unseen(leaf)}"]
+        line, size = ", ".join(found), math.prod(self.leaves[leaf].shape)
+        if any(math.isfinite(self.factor_size(piece)) for piece in pieces):
+            line += f"; of an example {self.k * size} numbers in rows, {numbers:.0f} in factors"
+            line += f"; of a kernel entry {size} products from rows, {cost} from factors"
+        return line
+
+    def _unseen(self, leaf: int) -> str:
+        return "slices that overlap" if any(use.piece.leaf == leaf for use, _ in self.uses) else "no use"
+
+
+def _box(layout: Layout) -> tuple[tuple[int, int], ...] | None:
+    """Where the leaf is in matrices that hold other numbers too: from the first to the last on each axis."""
+    if not any(kind == "pad" for kind, _ in layout.steps):
+        return None
+    held = np.nonzero(layout.matrices(np.ones(layout.shape, bool)))
+    return tuple((int(where.min()), int(where.max()) + 1) for where in held)
+
+
+def _cropped(use: Use, activation: Array, delta: Array) -> tuple[Array, Array]:
+    """(n, G, T, I) and (n, k, G, T, O) of the box of a use."""
+    if use.box is None:
+        return activation, delta
+    g, i, o = (slice(*ends) for ends in use.box)
+    return activation[:, g, :, i], delta[:, :, g, :, o]
+
+
+def _window(leaves: list[jax.ShapeDtypeStruct], piece: Piece) -> Layout:
+    return Layout(leaves[piece.leaf].shape, piece.steps)
 
 
 BOUND = (
@@ -137,13 +231,13 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _mark(i: int, leaf: jax.ShapeDtypeStruct) -> Mark | None:
+def _mark(i: int, leaf: jax.ShapeDtypeStruct) -> Marks:
     usable = jnp.issubdtype(leaf.dtype, jnp.floating) and math.prod(leaf.shape) > 0
-    return Mark(i, (), leaf.shape) if usable else None
+    return (Mark(i, (), leaf.shape),) if usable else ()
 
 
 def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: bool, always: bool = False) -> PyTree:
-    """Rows √w_i ∂f(θ, x_i)/∂θ of a plan, shaped like params: (n·k, …) arrays, or `Outer` where that is smaller.
+    """Rows √w_i ∂f(θ, x_i)/∂θ of a plan, shaped like params: (n·k, …) arrays, or factors where these are smaller.
 
     Args:
         plan: of f on params and one of the points.
@@ -154,9 +248,9 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         always: keep every leaf in factors that can be.
     """
     leaves, treedef = jax.tree.flatten(params)
-    followed = plan.followed(always)
-    kept = [(place, pair) for place, pair in enumerate(plan.uses) if pair[0].leaf in followed]
-    whole = [i for i in range(len(leaves)) if i not in followed]
+    followed = plan.followed(always, centred)
+    kept = [(place, use) for place, (use, _) in enumerate(plan.uses) if use.route in followed]
+    whole = [i for i in range(len(leaves)) if i not in {piece.leaf for piece, _ in followed}]
     zeros = [jnp.zeros(plan.outputs[place].shape, plan.outputs[place].dtype) for place, _ in kept]
 
     def one(x: PyTree) -> tuple[list[Array], list[Array], list[Array]]:
@@ -170,31 +264,49 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
 
         out, pull, others = jax.vjp(outputs, zeros, [leaves[i] for i in whole], has_aux=True)
         deltas, gradients = jax.vmap(pull)(jnp.eye(plan.k, dtype=out.dtype))
-        deltas = [jax.vmap(use.sensitivity)(delta) for (_, (use, _)), delta in zip(kept, deltas, strict=True)]
+        deltas = [jax.vmap(use.sensitivity)(delta) for (_, use), delta in zip(kept, deltas, strict=True)]
         return others, deltas, gradients
 
     try:
-        others, deltas, gradients = _tree.raised(jax.vmap(one)(points))
+        others, deltas, gradients = jax.vmap(one)(points)
     except jax.errors.UnexpectedTracerError as error:
         raise BoundRuleError(BOUND) from error
+    deltas, gradients = _tree.raised((deltas, gradients))
+    others = [x if jnp.issubdtype(x.dtype, jnp.integer) else _tree.raised(x) for x in others]
+    factors = [_cropped(use, x, delta) for (_, use), x, delta in zip(kept, others, deltas, strict=True)]
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
         built[i] = _weighted(_centred(gradient, roots) if centred else gradient, roots)
-    for leaf in followed:
-        places = [j for j, (_, (use, _)) in enumerate(kept) if use.leaf == leaf]
-        layout = kept[places[0]][1][0].layout
-        outer = _outer(plan, leaf, layout, [(others[j][:, None], deltas[j]) for j in places])
-        built[leaf] = outer.centred(roots) if centred else outer.weighted(roots)
+    parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
+    for route in followed:
+        places = [j for j, (_, use) in enumerate(kept) if use.route == route]
+        pairs = [(x[:, None], delta) for x, delta in (factors[j] for j in places)]
+        outer = _outer(plan, route, kept[places[0]][1].layout, pairs, roots, centred)
+        piece, _ = route
+        if piece.steps:
+            parts.setdefault(piece.leaf, []).append((plan.window(piece), outer))
+        else:
+            built[piece.leaf] = outer
+    built |= {i: Pieces.of(plan.leaves[i].shape, of_leaf) for i, of_leaf in parts.items()}
     return jax.tree.unflatten(treedef, [built[i] for i in range(len(leaves))])
 
 
-def _outer(plan: Plan, leaf: int, layout: Layout, pairs: list[tuple[Array, Array]]) -> Outer:
-    """The uses of a leaf, one after the other along the positions."""
-    orders = plan.orders(leaf)
+def _outer(
+    plan: Plan, route: Route, layout: Layout, pairs: list[tuple[Array, Array]], roots: Array, centred: bool
+) -> OfPiece:
+    """The uses of a piece, one after the other along the positions."""
+    orders = plan.orders(route)
     assert orders is not None
     sides = [pair[::-1] if exchanged else pair for pair, exchanged in zip(pairs, orders, strict=True)]
     left, right = (_along_positions([pair[side] for pair in sides]) for side in (0, 1))
-    return Outer(left, right, layout, plan.k)
+    if route[1]:  # numbers times vectors: one position
+        left, right = jnp.ones_like(left, shape=(*left.shape[:3], 1, 1)), jnp.sum(left * right, axis=3, keepdims=True)
+    outer = Outer(left, right, layout, plan.k)
+    if centred:
+        return outer.centred(roots)
+    outer = outer.weighted(roots)
+    picked = plan.picked(route[0]) and not route[1]
+    return Picked.of(outer.left[:, 0, :, :, 0], outer.right, layout) if picked else outer
 
 
 def _along_positions(parts: list[Array]) -> Array:
@@ -226,7 +338,8 @@ class Captured:
     """What `capture` returns.
 
     Attributes:
-        rows: like params; of each leaf the n·k rows of the Jacobian, `operators.Outer` or an array (n·k, …).
+        rows: like params; of each leaf the n·k rows of the Jacobian: factors (`operators.Outer`, `Picked`, `Pieces`),
+            or an array (n·k, …).
         plan: what the walk over f found.
         names: of the leaves.
     """
@@ -242,17 +355,8 @@ class Captured:
         """
         lines = []
         for i, (name, row) in enumerate(zip(self.names, jax.tree.leaves(self.rows, is_leaf=is_outer), strict=True)):
-            size = math.prod(self.plan.leaves[i].shape)
-            uses = self.plan.of_leaf(i)
-            found = ", ".join(f"{use.where} of {g} × ({a}, {b}) at {t}" for use, (g, t, a, b) in uses)
-            if not uses:
-                found = f"whole: {self.plan.refused.get(i, 'no use')}"
-            line = f"{name} {self.plan.leaves[i].shape}: {'factors' if is_outer(row) else 'rows'}; {found}"
-            if math.isfinite(numbers := self.plan.factor_size(i)):
-                cost = sum(g * t * t * (a + b) for _, (g, t, a, b) in uses)
-                line += f"; of an example {self.plan.k * size} numbers in rows, {numbers:.0f} in factors"
-                line += f"; of a kernel entry {size} products from rows, {cost} from factors"
-            lines.append(line)
+            kind = "factors" if is_outer(row) else "rows"
+            lines.append(f"{name} {self.plan.leaves[i].shape}: {kind}; {self.plan.described(i)}")
         return "\n".join(lines)
 
 
@@ -261,8 +365,10 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
 
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
-    scan, reshapes and casts, matrix products, einsum, convolutions. A leaf with any other use has plain rows (biases
-    and scales always, for which they are the cheapest form).
+    scan, reshapes, slices, joins, casts and multiples by one number, matrix products, einsum, convolutions, and tables
+    that are looked up (embeddings). A leaf with any other use has plain rows (biases and scales of units always, for
+    which they are the cheapest form). A flat vector of parameters, that f cuts into weights and biases, has rows for
+    each piece.
 
     Args:
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.

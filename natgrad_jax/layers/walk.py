@@ -1,9 +1,10 @@
 """One walk over a jaxpr, which finds the products that a parameter leaf enters.
 
-A leaf is followed through reshapes, transposes and casts, into jit, remat and scan. Where it enters a `dot_general` or
-a convolution whose other operand is no leaf, the walk adds a zero to the output and keeps the other operand: the
-derivative with respect to that zero is the sensitivity, the other operand the activation. Any other use of a leaf is
-named, and the leaf is then differentiated as a whole: slower, never wrong.
+A leaf is followed through reshapes, transposes, slices, joins, casts and multiples, into jit, remat and scan. Where it
+enters a `dot_general` or a convolution whose other operand is no leaf, or is a table that is looked up, the walk adds a
+zero to the output and keeps the other operand: the derivative with respect to that zero is the sensitivity, the other
+one is the activation. Any other use is named, and the leaf, or the slice of it that is used so, is then differentiated
+as a whole: slower, never wrong.
 """
 
 import itertools
@@ -19,21 +20,34 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from natgrad_jax.operators.outer import Layout, Step
 
+Mode = jax.lax.GatherScatterMode
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What steps, the last of which is a slice, leave of a leaf; all of it without."""
+
+    leaf: int
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
 class Mark:
-    """A variable that is a view of a leaf: an array of this shape, after `steps`.
+    """A variable that is a view of a leaf: an array of this shape, after `steps`, times `factor`.
+
+    Of several leaves that are joined, with each other or with numbers that are none, each is a view in the place of the
+    sum of all: zeros stand where the others are.
 
     `scans` has an entry for every scan that the walk is in: whether it runs over the view, an axis of which is then
-    in front of those that are seen, or closes over it.
+    in front of those that are seen, or closes over it. `factor` is one number, of shape (), or None for 1.
     """
 
     leaf: int
     steps: tuple[Step, ...]
     shape: tuple[int, ...]
     scans: tuple[bool, ...] = ()
+    factor: Any = None
 
     @property
     def lead(self) -> int:
@@ -45,6 +59,12 @@ class Mark:
         """The shape of the variable."""
         return self.shape[self.lead :]
 
+    @property
+    def piece(self) -> Piece:
+        """What of the leaf is seen, before that is moved."""
+        ends = [i + 1 for i, (kind, _) in enumerate(self.steps) if kind == "slice"]
+        return Piece(self.leaf, self.steps[: max(ends, default=0)])
+
     def reshaped(self, shape: Sequence[int]) -> "Mark":
         """The same numbers in another shape."""
         full = (*self.shape[: self.lead], *shape)
@@ -55,83 +75,120 @@ class Mark:
         full = (*range(self.lead), *(self.lead + i for i in permutation))
         return replace(self, steps=(*self.steps, ("transpose", full)), shape=tuple(self.shape[i] for i in full))
 
+    def sliced(self, ends: Sequence[tuple[int, int]]) -> "Mark":
+        """A part of the numbers."""
+        full = (*((0, size) for size in self.shape[: self.lead]), *ends)
+        shape = tuple(end - start for start, end in full)
+        return self if shape == self.shape else replace(self, steps=(*self.steps, ("slice", full)), shape=shape)
+
+    def padded(self, axis: int, before: int, after: int) -> "Mark":
+        """The numbers as part of an array, of which they are one stretch along an axis."""
+        full = tuple((before, after) if i == self.lead + axis else (0, 0) for i in range(len(self.shape)))
+        shape = tuple(size + sum(zeros) for size, zeros in zip(self.shape, full, strict=True))
+        return replace(self, steps=(*self.steps, ("pad", full)), shape=shape)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the variable holds other numbers too."""
+        return any(kind == "pad" for kind, _ in self.steps)
+
+    def times(self, factor: Any) -> "Mark":
+        """The same numbers, multiplied."""
+        return replace(self, factor=factor if self.factor is None else self.factor * factor)
+
+
+Marks = tuple[Mark, ...]  # of one variable: of several if leaves are joined
+
 
 @dataclass(frozen=True)
 class Use:
-    """One product that a leaf enters, as G matrices (I, O), at T positions.
+    """One product that a piece of a leaf enters, as G matrices (I, O), at T positions.
 
-    `activation` is what the other operand gives, (G, T, I); `sensitivity` brings the derivative with respect to the
-    output of the product to (G, T, O).
+    `sensitivity` brings the derivative with respect to the output of the product to (G, T, O). Where a leaf is cut, the
+    piece itself may serve as the output of a product of 1 with it, with I = 1: then the use is `whole`. Where rows of a
+    table are `picked`, the activation is one-hot, and kept as indices (G, T, 1), -1 for none.
     """
 
-    leaf: int
+    piece: Piece
     layout: Layout
     scans: tuple[bool, ...]
     where: str
-    activation: Callable[[Array], Array]
     sensitivity: Callable[[Array], Array]
+    whole: bool = False
+    picked: bool = False
+    box: tuple[tuple[int, int], ...] | None = None  # where the piece is in matrices that hold other numbers too
+
+    @property
+    def route(self) -> "Route":
+        """What is followed, and how."""
+        return (self.piece, self.whole)
+
+
+Route = tuple[Piece, bool]
+
+
+Found = tuple[Use, Callable[..., Array]]  # and what brings the other operands to (G, T, I)
 
 
 @dataclass
 class Tape:
-    """What a walk sees: the uses in order, the leaves that are used otherwise, and the other operands.
+    """What a walk sees: the uses in order, the pieces that are used otherwise, and the activations, `others`.
 
-    `zeros` are added to the outputs of the uses of the leaves in `followed`, in order; None on a first walk.
+    `zeros` are added to the outputs of the uses of the routes in `followed`, in order; None on a first walk.
     """
 
     zeros: Sequence[Array] | None = None
-    followed: frozenset[int] = frozenset()
+    followed: frozenset[Route] = frozenset()
     uses: list[Use] = field(default_factory=list)
     others: list[Array] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[Piece, str] = field(default_factory=dict)
 
-    def record(self, use: Use, other: Array, out: Array) -> Array:
+    def record(self, use: Use, activation: Array, factor: Any, out: Array) -> Array:
         """The output of a product, with the zero of its place."""
-        if self.zeros is not None and use.leaf not in self.followed:
+        if self.zeros is not None and use.route not in self.followed:
             return out
         place = len(self.uses)
         self.uses.append(use)
-        self.others.append(use.activation(other))
+        self.others.append(activation if factor is None else _times(activation, factor))
         self.outputs.append(out)
         return out if self.zeros is None else out + self.zeros[place]
 
-    def refuse(self, marks: Sequence[Mark | None], reason: str) -> None:
-        """Name the leaves that are used in a way that is not followed."""
-        for mark in marks:
-            if mark is not None:
-                self.refused.setdefault(mark.leaf, reason)
+    def refuse(self, marks: Sequence[Marks], reason: str) -> None:
+        """Name the pieces that are used in a way that is not followed."""
+        for mark in itertools.chain(*marks):
+            self.refused.setdefault(mark.piece, reason)
 
 
-Marked = tuple[list[Any], list[Mark | None]]
+Marked = tuple[list[Any], list[Marks]]
 
 
-def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequence[Mark | None], tape: Tape) -> Marked:
+def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequence[Marks], tape: Tape) -> Marked:
     """The outputs of a jaxpr and their marks."""
     values: dict[Any, Any] = {}
-    marked: dict[Any, Mark] = {}
+    marked: dict[Any, Marks] = {}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, Literal) else values[v]
 
-    def mark_of(v: Any) -> Mark | None:
-        return None if isinstance(v, Literal) else marked.get(v)
+    def mark_of(v: Any) -> Marks:
+        return () if isinstance(v, Literal) else marked.get(v, ())
 
-    def write(v: Any, value: Any, mark: Mark | None) -> None:
+    def write(v: Any, value: Any, mark: Marks) -> None:
         values[v] = value
-        if mark is not None:
+        if mark:
             marked[v] = mark
 
     for v, value in zip(jaxpr.constvars, consts, strict=True):
-        write(v, value, None)
+        write(v, value, ())
     for v, value, mark in zip(jaxpr.invars, args, marks, strict=True):
         write(v, value, mark)
     for eqn in jaxpr.eqns:
         inputs, seen = [read(v) for v in eqn.invars], [mark_of(v) for v in eqn.invars]
-        if any(mark is not None for mark in seen):
+        if any(seen):
             outs, out_marks = _follow(eqn, inputs, seen, tape)
         else:
-            outs, out_marks = _bound(eqn, inputs), [None] * len(eqn.outvars)
+            outs, out_marks = _bound(eqn, inputs), [()] * len(eqn.outvars)
         for v, value, mark in zip(eqn.outvars, outs, out_marks, strict=True):
             write(v, value, mark)
     return [read(v) for v in jaxpr.outvars], [mark_of(v) for v in jaxpr.outvars]
@@ -159,7 +216,7 @@ def _bound(eqn: Any, inputs: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+def _follow(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked:
     """One equation that a leaf enters."""
     name = eqn.primitive.name
     if name in CALLS:
@@ -168,18 +225,39 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -
         return run(body, consts, inputs, marks, tape)
     if name == "scan":
         return _scan(eqn, inputs, marks, tape)
-    if len(inputs) == 1 and marks[0] is not None:
-        view = _view(eqn, marks[0])
-        if view is not None:
-            return _bound(eqn, inputs), [view]
-    holders = [i for i, mark in enumerate(marks) if mark is not None]
-    find = {"dot_general": _product, "conv_general_dilated": _convolution}.get(name)
-    use = find(eqn, holders[0], marks[holders[0]]) if find and len(holders) == 1 else None  # type: ignore[arg-type]
+    if len(inputs) == 1 and all(views := [_view(eqn, mark) for mark in marks[0]]):
+        return _bound(eqn, inputs), [tuple(view for view in views if view)]
+    cut = name in ("split", "unstack") or (name == "slice" and set(eqn.params["strides"] or (1,)) == {1})
+    if cut and not any(mark.joined for mark in marks[0]):
+        return _slices(eqn, inputs, marks[0][0], tape)
+    if name in ("mul", "div", "neg"):
+        return _bound(eqn, inputs), [_multiple(eqn, inputs, marks, tape)]
+    if name in ("concatenate", "stack"):
+        return _bound(eqn, inputs), [_joint(eqn, marks)]
+    holders = [i for i, mark in enumerate(marks) if mark]
     outs = _bound(eqn, inputs)
-    if use is None:
+    finds = [FIND[name](eqn, holders[0], mark) for mark in marks[holders[0]]] if name in FIND else [None]
+    if len(holders) > 1 or not all(finds):
         tape.refuse(marks, name)
-        return outs, [None] * len(outs)
-    return [tape.record(use, inputs[1 - holders[0]], outs[0])], [None]
+        return outs, [()] * len(outs)
+    others = [x for i, x in enumerate(inputs) if i != holders[0]]
+    for mark, found in zip(marks[holders[0]], finds, strict=True):
+        use, activation = found  # type: ignore[misc]
+        outs[0] = tape.record(use, activation(*others), mark.factor, outs[0])
+    return outs, [()]
+
+
+def _joint(eqn: Any, marks: list[Marks]) -> Marks:
+    """The marks of arrays that are joined along an axis."""
+    stacked = eqn.primitive.name == "stack"
+    axis = eqn.params["axis" if stacked else "dimension"]
+    ends = list(itertools.accumulate((1 if stacked else v.aval.shape[axis] for v in eqn.invars), initial=0))
+    out: Marks = ()
+    for (start, end), of_input in zip(itertools.pairwise(ends), marks, strict=True):
+        for mark in of_input:
+            part = mark.reshaped((*mark.seen[:axis], 1, *mark.seen[axis:])) if stacked else mark
+            out = (*out, part.padded(axis, start, ends[-1] - end))
+    return out
 
 
 def _view(eqn: Any, mark: Mark) -> Mark | None:
@@ -197,6 +275,50 @@ def _view(eqn: Any, mark: Mark) -> Mark | None:
     return mark if name in ("copy", "copy_p") else None
 
 
+def _slices(eqn: Any, inputs: list[Any], mark: Mark, tape: Tape) -> Marked:
+    """Parts of a leaf; each may be used as a whole."""
+    outs, start = _bound(eqn, inputs), 0
+    marks: list[Marks] = []
+    for i, out in enumerate(outs):
+        if eqn.primitive.name == "slice":
+            ends = list(zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True))
+        else:
+            ends, axis = [(0, size) for size in mark.seen], eqn.params["axis"]
+            size = out.shape[axis] if eqn.primitive.name == "split" else 1
+            ends[axis] = (start, start + size)
+            start += size
+        part = mark.sliced([(int(a), int(b)) for a, b in ends])
+        if part is not mark:
+            lead = math.prod(part.shape[: part.lead])
+            layout = Layout((), (*part.steps, ("reshape", (lead, 1, out.size))))
+            use = Use(part.piece, layout, part.scans, eqn.primitive.name, lambda delta: delta.reshape(1, 1, -1), True)
+            outs[i] = tape.record(use, jnp.ones((1, 1, 1), out.dtype), part.factor, out)
+        marks.append((part.reshaped(out.shape),) if out.size else ())
+    return outs, marks
+
+
+def _multiple(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marks:
+    """The marks of the output, if it is a leaf times one number. That may depend on other leaves, or on products.
+
+    A number that is itself a leaf, or a part of the same one, is a use of it that is not followed.
+    """
+    if eqn.primitive.name == "neg":
+        return tuple(mark.times(-jnp.ones((), eqn.outvars[0].aval.dtype)) for mark in marks[0])
+    number = 0 if marks[1] and eqn.invars[0].aval.size == 1 and eqn.primitive.name == "mul" else 1
+    kept, value, shape = marks[1 - number], eqn.invars[number].aval, eqn.outvars[0].aval.shape
+    if not kept or value.size != 1 or shape != kept[0].seen:
+        tape.refuse(marks, eqn.primitive.name)
+        return ()
+    tape.refuse([marks[number]], eqn.primitive.name)
+    c = jnp.reshape(jnp.asarray(inputs[number], value.dtype), ())
+    return tuple(mark.times(1 / c if eqn.primitive.name == "div" else c) for mark in kept)
+
+
+def _times(x: Array, factor: Array) -> Array:
+    dtype = jnp.promote_types(x.dtype, factor.dtype)
+    return x.astype(dtype) * factor.astype(dtype)
+
+
 def _ascending(dimensions: Any) -> bool:
     return dimensions is not None and all(a < b for a, b in itertools.pairwise(dimensions))
 
@@ -205,7 +327,7 @@ def _others(ndim: int, *taken: Sequence[int]) -> list[int]:
     return [i for i in range(ndim) if not any(i in axes for axes in taken)]
 
 
-def _product(eqn: Any, side: int, mark: Mark) -> Use | None:
+def _product(eqn: Any, side: int, mark: Mark) -> Found | None:
     """A `dot_general` whose operand `side` is a leaf."""
     contracting, batch = eqn.params["dimension_numbers"]
     other = eqn.invars[1 - side].aval
@@ -227,10 +349,10 @@ def _product(eqn: Any, side: int, mark: Mark) -> Use | None:
         return jnp.swapaxes(delta, 1, 2) if side == 0 else delta
 
     activation = lambda x: jnp.transpose(x, order).reshape(groups, positions, inside)  # noqa: E731
-    return Use(mark.leaf, layout, mark.scans, "dot_general", activation, sensitivity)
+    return Use(mark.piece, layout, mark.scans, "dot_general", sensitivity), activation
 
 
-def _convolution(eqn: Any, side: int, mark: Mark) -> Use | None:
+def _convolution(eqn: Any, side: int, mark: Mark) -> Found | None:
     """A convolution whose kernel is a leaf: the activations are the patches that it is laid on."""
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     image = eqn.invars[0].aval
@@ -257,10 +379,49 @@ def _convolution(eqn: Any, side: int, mark: Mark) -> Use | None:
         delta = jnp.moveaxis(jnp.transpose(delta, numbers.out_spec), 1, -1)  # (batch, space, out)
         return jnp.moveaxis(delta.reshape(positions, groups, out // groups), 1, 0)
 
-    return Use(mark.leaf, layout, mark.scans, "conv_general_dilated", activation, sensitivity)
+    return Use(mark.piece, layout, mark.scans, "conv_general_dilated", sensitivity), activation
 
 
-def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> Marked:
+def _lookup(eqn: Any, side: int, mark: Mark) -> Found | None:
+    """A `gather`, or a `dynamic_slice`, of whole rows of a table along one axis."""
+    sizes = eqn.params["slice_sizes"]
+    axes = [i for i, (size, seen) in enumerate(zip(sizes, mark.seen)) if size != seen]
+    if side != 0 or mark.joined or mark.factor is not None or len(axes) != 1 or sizes[axes[0]] != 1:
+        return None
+    axis, count, out = axes[0], mark.seen[axes[0]], eqn.outvars[0].aval
+    if eqn.primitive.name == "dynamic_slice":
+        mode, column, offset = Mode.CLIP, axis, range(out.ndim)
+    else:
+        numbers, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+        # Along the other axes a slice starts at 0, or is dropped.
+        alone = numbers.start_index_map == (axis,) or (axis in numbers.start_index_map and mode != Mode.FILL_OR_DROP)
+        if not alone or mode not in (Mode.CLIP, Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS):
+            return None
+        column, offset = numbers.start_index_map.index(axis), numbers.offset_dims
+    lead, width = math.prod(mark.shape[: mark.lead]), math.prod(mark.seen) // count
+    view = mark.transposed((axis, *_others(len(mark.seen), (axis,))))
+    layout = Layout((), (*view.steps, ("reshape", (lead, count, width))))
+    order = (*_others(out.ndim, offset), *offset)
+
+    def activation(*indices: Array) -> Array:
+        index = indices[column] if eqn.primitive.name == "dynamic_slice" else indices[0][..., column]
+        index = jnp.clip(index, 0, count - 1) if mode == Mode.CLIP else index
+        within = (index >= 0) & (index < count)
+        return jnp.where(within, jnp.where(within, index, 0).astype(jnp.int32), -1).reshape(1, -1, 1)
+
+    sensitivity = lambda delta: jnp.transpose(delta, order).reshape(1, -1, width)  # noqa: E731
+    return Use(mark.piece, layout, mark.scans, eqn.primitive.name, sensitivity, picked=True), activation
+
+
+FIND: dict[str, Callable[[Any, int, Mark], Found | None]] = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "gather": _lookup,
+    "dynamic_slice": _lookup,
+}
+
+
+def _scan(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked:
     """A loop: leaves that it closes over are used at every step, leaves that it runs over a slice at a time."""
     closed, params = eqn.params["jaxpr"], eqn.params
     n, m, length = params["num_consts"], params["num_carry"], params["length"]
@@ -269,8 +430,8 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     changed = [n + i for i in range(m) if body.outvars[i] is not body.invars[n + i]]
     tape.refuse([marks[i] for i in changed], "the carry of a scan")
     inner = [
-        None if mark is None or i in changed else replace(mark, scans=(*mark.scans, i >= n + m))
-        for i, mark in enumerate(marks)
+        () if i in changed else tuple(replace(mark, scans=(*mark.scans, i >= n + m)) for mark in of_input)
+        for i, of_input in enumerate(marks)
     ]
     place = len(tape.uses)
     seen = Tape(None, tape.followed)
@@ -280,12 +441,12 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     def trial(*args: Any) -> list[Any]:
         outs, ends = run(body, closed.consts, args, inner, seen)
         # A view that leaves the loop is a use of its own, but for a carry that stays what it was.
-        stays = [i < m and n + i not in changed and inner[n + i] is not None for i in range(len(outs))]
-        seen.refuse([None if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
+        stays = [i < m and n + i not in changed and bool(inner[n + i]) for i in range(len(outs))]
+        seen.refuse([() if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
         return outs
 
     jax.eval_shape(trial, *structs(consts), *structs(carry), *slices)
-    kept = [use for use in seen.uses if tape.zeros is None or use.leaf in tape.followed]
+    kept = [use for use in seen.uses if tape.zeros is None or use.route in tape.followed]
     zeros = [] if tape.zeros is None else list(tape.zeros[place : place + len(kept)])
 
     def step(carry: list[Any], data: tuple[list[Any], list[Any]]) -> tuple[list[Any], tuple[list[Any], Any, Any]]:
@@ -297,15 +458,15 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Mark | None], tape: Tape) -> 
     carry, (ys, others, outputs) = jax.lax.scan(
         step, carry, (xs, zeros), length=length, reverse=params["reverse"], unroll=params["unroll"]
     )
-    for leaf, reason in seen.refused.items():
-        tape.refused.setdefault(leaf, reason)
+    for piece, reason in seen.refused.items():
+        tape.refused.setdefault(piece, reason)
     for use, other, out in zip(kept, others, outputs, strict=True):
         *outside, over = use.scans
         tape.uses.append(replace(use, scans=tuple(outside), sensitivity=_stacked(use.sensitivity, over)))
         tape.others.append(_joined(other, over))
         tape.outputs.append(out)
-    unchanged = [None if n + i in changed else marks[n + i] for i in range(m)]
-    return [*carry, *ys], [*unchanged, *[None] * len(ys)]
+    unchanged = [() if n + i in changed else marks[n + i] for i in range(m)]
+    return [*carry, *ys], [*unchanged, *[()] * len(ys)]
 
 
 def _joined(x: Array, over: bool) -> Array:

@@ -18,6 +18,8 @@ from natgrad_jax._tree import Space
 from natgrad_jax.operators.algebra import add, scale
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
 from natgrad_jax.operators.outer import Outer
+from natgrad_jax.operators.picked import Picked
+from natgrad_jax.operators.pieces import Pieces
 from natgrad_jax.operators.products import Closed, Implicit, RealParts, Restricted, Sum
 from natgrad_jax.operators.reports import Report, report
 from natgrad_jax.operators.shared import Operator, is_operator
@@ -34,6 +36,8 @@ __all__ = [
     "LowRank",
     "Operator",
     "Outer",
+    "Picked",
+    "Pieces",
     "RealParts",
     "Report",
     "Restricted",

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, surely
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
-from natgrad_jax.operators.outer import explicit, is_outer
+from natgrad_jax.operators.pieces import explicit, is_outer
 from natgrad_jax.operators.products import Closed, RealParts, Sum
 from natgrad_jax.operators.shared import Operator, Product
 from natgrad_jax.operators.structured import Blocks, Kronecker

@@ -13,7 +13,7 @@ from jax import Array
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, accumulator, leading_axis, real_dtype
 from natgrad_jax.operators import shared
-from natgrad_jax.operators.outer import explicit, is_outer
+from natgrad_jax.operators.pieces import explicit, is_outer
 from natgrad_jax.operators.shared import Product
 
 # A is copied, in the precision and the units of the arithmetic, so many numbers at a time: they stay in the cache. But
@@ -117,7 +117,8 @@ class Gram:
 
     Args:
         rows: pytree shaped like the parameters with one more, leading, axis of n rows; or one array (n, p). In
-            the place of a leaf there may be its rows as outer products, `Outer`, as `layers.capture` finds them.
+            the place of a leaf there may be its rows as outer products, `Outer`, `Picked` or `Pieces`, as
+            `layers.capture` finds them.
         residual: e, shape (n,), with g = Aᴴe for the gradient that is to be solved for, or None. A solver that works
             on rows then need not recover e from g; it checks that the two still belong together.
 
@@ -368,7 +369,7 @@ def _square(matrix: Array) -> tuple[int, ...]:
 
 
 def _each(f: Any, rows: PyTree, *rest: PyTree) -> PyTree:
-    """f of the rows of every leaf, arrays or `Outer`."""
+    """f of the rows of every leaf, arrays or in factors."""
     return jax.tree.map(f, rows, *rest, is_leaf=is_outer)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 
 from natgrad_jax import _tree
-from natgrad_jax._tree import PyTree, accumulator
+from natgrad_jax._tree import accumulator
 
-Step = tuple[str, tuple[int, ...]]
+Step = tuple[str, tuple[Any, ...]]
 BLOCK = 2**21  # numbers that are made at a time, of explicit rows or of a kernel of positions
 LOST = 0.25  # part of the digits that differences of products may take; where they would take more, rows are made
 
@@ -20,31 +20,53 @@ LOST = 0.25  # part of the digits that differences of products may take; where t
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Layout:
-    """How a weight is seen as G matrices (I, O): reshapes and transposes of the leaf, one after the other.
+    """How a weight is seen as G matrices (I, O), or a piece of a leaf is cut out: step after step.
 
     Attributes:
         shape: of the leaf.
-        steps: ("reshape", shape) or ("transpose", permutation), which end at shape (G, I, O).
+        steps: ("reshape", shape), ("transpose", permutation), ("slice", (start, end) of each axis) or ("pad", zeros
+            before and after on each axis), which end at shape (G, I, O), or that of the piece.
     """
 
     shape: tuple[int, ...]
     steps: tuple[Step, ...]
 
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the leaf, and after each step."""
+        shapes = [self.shape]
+        for kind, what in self.steps:
+            if kind == "transpose":
+                what = tuple(shapes[-1][i] for i in what)
+            elif kind == "pad":
+                what = tuple(size + before + after for size, (before, after) in zip(shapes[-1], what, strict=True))
+            shapes.append(tuple(end - start for start, end in what) if kind == "slice" else what)
+        return shapes
+
     def matrices(self, leaf: Any) -> Any:
         """The leaf as (G, I, O), of jax or numpy."""
         for kind, what in self.steps:
-            leaf = leaf.reshape(what) if kind == "reshape" else leaf.transpose(what)
+            if kind == "slice":
+                leaf = leaf[tuple(slice(*ends) for ends in what)]
+            elif kind == "pad":
+                leaf = (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, what)
+            else:
+                leaf = leaf.reshape(what) if kind == "reshape" else leaf.transpose(what)
         return leaf
 
     def leaf(self, matrices: Array) -> Array:
-        """The inverse, on the last three axes of an array with any axes before them."""
-        shapes = [self.shape]
-        for kind, what in self.steps:
-            shapes.append(what if kind == "reshape" else tuple(shapes[-1][i] for i in what))
-        lead = matrices.shape[:-3]
+        """The inverse, with zeros around slices, on the last axes of an array with any axes before them."""
+        shapes = self.shapes
+        lead = matrices.shape[: matrices.ndim - len(shapes[-1])]
         for (kind, what), shape in zip(reversed(self.steps), reversed(shapes[:-1])):
             if kind == "reshape":
                 matrices = matrices.reshape(*lead, *shape)
+            elif kind == "slice":
+                around = [(start, size - end) for (start, end), size in zip(what, shape, strict=True)]
+                matrices = jnp.pad(matrices, [(0, 0)] * len(lead) + around)
+            elif kind == "pad":
+                inside = (slice(before, before + size) for size, (before, _) in zip(shape, what, strict=True))
+                matrices = matrices[(..., *inside)]
             else:
                 back = [len(lead) + int(i) for i in np.argsort(what)]
                 matrices = matrices.transpose(*range(len(lead)), *back)
@@ -343,16 +365,6 @@ class Outer:
 
         size = min(max(BLOCK // max(n * p // i, 1), 1), i)
         return _tree.sum_of_parts(part, i, size)
-
-
-def is_outer(x: Any) -> bool:
-    """Whether x is rows in factors."""
-    return isinstance(x, Outer)
-
-
-def explicit(rows: PyTree) -> PyTree:
-    """The same rows, each leaf as one array."""
-    return jax.tree.map(lambda x: x.explicit() if is_outer(x) else x, rows, is_leaf=is_outer)
 
 
 def _remain(sum: Array, terms: Array) -> Array:
