@@ -1,4 +1,4 @@
-"""Layer rows against explicit ones: stochastic reconfiguration, Fisher diagonals, convolutions, attention, growth.
+"""Layer rows against explicit ones: stochastic reconfiguration, Fisher diagonals, networks, PINNs, growth.
 
 Same samples and gradients for all, interleaved, float64 unless said. NetKet's exact solvers (`pip install netket`) run
 where it is installed, else their cells say so. Memory is what XLA reserves beside arguments and results.
@@ -15,10 +15,12 @@ import numpy as np
 from jax import Array
 
 import natgrad_jax as ng
+from benchmarks import rules
 from benchmarks.timing import interleaved
 from natgrad_jax import damping, metrics, solvers
 from natgrad_jax._tree import PyTree
 from natgrad_jax.demo import double_precision
+from natgrad_jax.transforms import grid_search, precondition
 
 try:
     import netket as nk
@@ -47,6 +49,8 @@ def run(fast: bool) -> list[dict[str, Any]]:
     rows.append(
         kernel_and_diagonal("transformer, 2 layers, d = 64, 32 positions", *transformer(), 8 if fast else 64, repeats)
     )
+    rows.append(energy_step((32,), 28, ("auto",), repeats))
+    rows.append(energy_step((64, 64, 48, 48), 6 if fast else 58, ("layers", "plain"), 1 if fast else 3))
     rows += [growth(width, 64 if fast else 256, repeats) for width in ((16, 64) if fast else (16, 64, 256, 1024, 3072))]
     return rows if fast else [*rows, large()]
 
@@ -281,6 +285,44 @@ def transformer(d: int = 64, heads: int = 4, positions: int = 32) -> tuple[Calla
         return jax.nn.log_softmax(x.mean(0) @ params["head"])[example[1]]
 
     return log_prob, params, (rng.normal(size=(64, positions, d)), rng.integers(0, 10, 64))
+
+
+def energy_step(widths: tuple[int, ...], side: int, forms: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """A step on Poisson's equation, n = side² + 4(side + 1): rows, gradient, solve, the best of 31 lengths; float64."""
+    rng, batch = np.random.default_rng(0), rules.points(side)
+    params = [(jnp.asarray(normal(rng, a, b)), jnp.zeros(b)) for a, b in itertools.pairwise((2, *widths, 1))]
+    value_at = lambda params, x: tanh_network(params, x)[0]
+
+    def inside(params: PyTree, points: Array) -> Array:
+        second = lambda x, v: jax.jvp(lambda y: jax.jvp(partial(value_at, params), (y,), (v,))[1], (x,), (v,))[1]
+        return jax.vmap(lambda x: sum(second(x, v) for v in jnp.eye(2)) + 2 * jnp.pi**2 * rules.solution(x))(points)
+
+    terms = {"interior": inside, "boundary": lambda params, points: jax.vmap(partial(value_at, params))(points)}
+    weights = {name: 1 / len(points) for name, points in batch.items()}
+    loss = lambda params, batch: sum(0.5 * weights[k] * jnp.sum(terms[k](params, batch[k]) ** 2) for k in terms)
+    n, p = sum(map(len, batch.values())), sum(x.size for x in jax.tree.leaves(params))
+    inner = precondition(solvers.cholesky() if n > p else solvers.row_space(), damping=damping.trace(1e-8))
+    rule = grid_search(inner, chunk_size=None if n < 1000 else 4)
+
+    def step(metric: Any, params: PyTree) -> PyTree:
+        operator = metric(params, batch=batch)
+        value, g = metrics.value_and_grad(operator)
+        given = {"value": value, "grad": g, "value_fn": loss, "batch": batch}
+        return rule.update(g, rule.init(params), params, operator=operator, **given)[0]
+
+    calls = {rows: jax.jit(partial(step, metrics.least_squares(terms, weights, rows=rows))) for rows in forms}
+    times = interleaved({rows: partial(call, params) for rows, call in calls.items()}, repeats)
+    widths_in_words = "-".join(map(str, (2, *widths, 1)))
+    row: dict[str, Any] = {"problem": f"energy natural gradient, {widths_in_words}", "p": p, "n": n}
+    row |= {f"{rows}: {what} ms": 1e3 * times[rows][what] for rows in forms for what in ("min", "median")}
+    return row | {f"{rows}: MB": memory(call, params) / 1e6 for rows, call in calls.items()}
+
+
+def tanh_network(params: PyTree, x: Array) -> Array:
+    """Fully connected."""
+    for w, b in params[:-1]:
+        x = jnp.tanh(x @ w + b)
+    return x @ params[-1][0] + params[-1][1]
 
 
 def growth(width: int, n: int, repeats: int) -> dict[str, Any]:

@@ -172,12 +172,12 @@ TERMS = {
 WEIGHTS = {"interior": 1 / 784, "boundary": 1 / 116}
 
 
-def points() -> Any:
-    """28 × 28 inside, 29 on each side."""
-    line, side = np.linspace(0, 1, 30)[1:-1], np.linspace(0, 1, 30)[:-1]
+def points(inside: int = 28) -> Any:
+    """28 × 28 inside, 29 on each side, or other numbers."""
+    line, side = np.linspace(0, 1, inside + 2)[1:-1], np.linspace(0, 1, inside + 2)[:-1]
     corners = [(side, 0 * side), (0 * side + 1, side), (1 - side, 0 * side + 1), (0 * side, 1 - side)]
-    inside = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-    return {"interior": jnp.asarray(inside), "boundary": jnp.asarray(np.concatenate([np.stack(c, 1) for c in corners]))}
+    square = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    return {"interior": jnp.asarray(square), "boundary": jnp.asarray(np.concatenate([np.stack(c, 1) for c in corners]))}
 
 
 def pinn_loss(params: Any, batch: Any) -> Any:

@@ -168,6 +168,25 @@ def test_auto_takes_layers_where_they_are_smaller(float64):
         assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == [n == 10, False, False, False]
 
 
+def test_rows_of_several_terms_stay_in_factors(dtype):
+    """A Laplacian inside, values on the boundary: as many positions as the longer of both has."""
+    laplacian = lambda w, x: jnp.trace(jax.hessian(lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ w[0]) @ w[1])))(x))
+    terms = [jax.vmap(laplacian, (None, 0)), lambda w, x: jnp.tanh(jnp.tanh(x @ w[0]) @ w[1])[:, 0]]
+    rng = np.random.default_rng(0)
+    w = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, 8), (8, 9))]
+    batch = [jnp.asarray(rng.normal(size=(n, 3)), dtype) for n in (5, 4)]
+    e, got, expected = rng.normal(size=9), *(
+        jax.jit(metrics.least_squares(terms, [0.5, 2.0], rows=rows))(w, batch=batch) for rows in ("layers", "plain")
+    )  # fmt: skip
+    assert all(map(is_outer, got.rows)) and got.n == 9
+    for f in (
+        lambda gram: gram.matrix(), lambda gram: gram.kernel(jnp.ones((), dtype)), lambda gram: gram.scale(),
+        lambda gram: gram.transposed_times(jnp.asarray(e, dtype)), lambda gram: gram.times(w),
+        lambda gram: gram.residual,
+    ):  # fmt: skip
+        assert error(f(got), f(expected)) < 10 * TOL[np.dtype(dtype)]
+
+
 def test_one_walk_serves_every_batch(float64):
     """New numbers do not trace again; vmap over parameters is a loop; the operator passes through jit as a pytree."""
     traces = []

@@ -1,6 +1,7 @@
 """Sums and positive multiples of operators, in the simplest structure that holds the result."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.tree_util import Partial
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, surely
 from natgrad_jax.operators.arrays import Dense, Diagonal, Gram, LowRank
+from natgrad_jax.operators.outer import Outer
 from natgrad_jax.operators.pieces import explicit, is_outer
 from natgrad_jax.operators.products import Closed, RealParts, Sum
 from natgrad_jax.operators.shared import Operator, Product
@@ -48,7 +50,7 @@ def _plus(one: Operator, other: Operator) -> Operator:
         case Diagonal(), LowRank():
             return LowRank(jax.tree.map(jnp.add, one.entries, other.base), other.rows)
         case Gram(), LowRank():
-            return LowRank(other.base, _joined(one.rows, other.rows))
+            return LowRank(other.base, explicit(_joined(one.rows, other.rows)))
         case LowRank(), LowRank():
             return LowRank(jax.tree.map(jnp.add, one.base, other.base), _joined(one.rows, other.rows))
         case (Gram() | LowRank(), Diagonal()) | (LowRank(), Gram()):
@@ -101,7 +103,14 @@ def scale(c: float | Array, operator: Operator) -> Operator:
 
 
 def _joined(one: PyTree, other: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), explicit(one), explicit(other))
+    """The rows of both, one below the other; in factors where both are, of the same matrices."""
+
+    def below(x: Any, y: Any) -> Any:
+        if isinstance(x, Outer) and isinstance(y, Outer) and x.fits(y):
+            return x.joined(y)
+        return jnp.concatenate([explicit(x), explicit(y)])
+
+    return jax.tree.map(below, one, other, is_leaf=is_outer)
 
 
 def _times(c: float | Array, tree: PyTree) -> PyTree:

@@ -226,6 +226,21 @@ class Outer:
         column = roots.reshape(*roots.shape, *(1,) * (5 - roots.ndim))
         return replace(self, right=column.astype(self.right.dtype) * self.right)
 
+    def fits(self, other: "Outer") -> bool:
+        """Whether the rows of both can be joined."""
+        return self.centre is other.centre is None and (self.layout, self.k) == (other.layout, other.k)
+
+    def joined(self, other: "Outer") -> "Outer":
+        """The rows of both, one below the other; positions that one has and the other has not are 0 there."""
+
+        def below(x: Array, y: Array) -> Array:
+            k, t = (max(x.shape[axis], y.shape[axis]) for axis in (1, 3))
+            spread = lambda x: jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:]))  # noqa: E731
+            pad = lambda x: jnp.pad(spread(x), [(0, t - x.shape[3] if axis == 3 else 0) for axis in range(5)])  # noqa: E731
+            return jnp.concatenate([pad(x), pad(y)])
+
+        return replace(self, left=below(self.left, other.left), right=below(self.right, other.right))
+
     def scaled(self, c: Any) -> "Outer":
         """c times the rows."""
         times = lambda x: (c * x).astype(x.dtype)  # noqa: E731
