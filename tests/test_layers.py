@@ -44,8 +44,16 @@ def test_layer_rows_are_the_jacobian(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_centred_layer_rows_are_the_centred_jacobian(name, dtype):
-    check_rows_of(CASES[name], True, dtype)
+def test_centred_layer_rows_are_the_centred_jacobian(name, float64):
+    check_rows_of(CASES[name], True, float64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense layers", "tied to its transpose", "scan over layers", "recurrent", "attention", "convolution", "flat"],
+)
+def test_centred_layer_rows_in_float32(name):
+    check_rows_of(CASES[name], True, np.dtype("float32"))
 
 
 @pytest.mark.parametrize("name", ["recurrent", "convolution", "tied to its transpose", "a small table"])
@@ -64,7 +72,7 @@ def check_rows_of(case, centred, dtype):
     expected = (np.sqrt(weights)[:, None, None] * expected).reshape(-1, expected.shape[2])
 
     @jax.jit
-    def everything(params, batch, v, u, units):
+    def everything(params, batch, v, u, units, tables):
         plan = layers.Plan.of(one_of(case.model), params, jax.tree.map(lambda x: x[0], batch))
         rows = layers.rows(plan, params, batch, jnp.asarray(np.sqrt(weights), dtype), centred=centred, always=True)
         gram = Gram(rows)
@@ -72,17 +80,21 @@ def check_rows_of(case, centred, dtype):
         return rows, {
             "rows": gram.matrix(), "times": gram.times(v), "transposed": flat(gram.transposed_times(u)),
             "kernel": gram.kernel(jnp.asarray(2.0, dtype)), "kernel in units": gram.kernel(units),
+            "kernel in layered units": gram.kernel(flat(tables), rank_one=True),
             "diagonal": flat(gram.diagonal()), "lengths": gram.scale(), "matrix": gram.dense(),
             "scaled": scale(9.0, gram).times(v), "a sum": add(gram, gram).dense(),
         }  # fmt: skip
 
     sizes = rng.normal(size=expected.shape[1]), rng.normal(size=len(expected)), rng.uniform(0.5, 2, expected.shape[1])
     v, u, units = (jnp.asarray(x, dtype) for x in sizes)
-    rows, got = everything(params, batch, v, u, units)
+    tables = jax.tree.map(lambda x: layered_units(x.shape, rng, dtype), params)
+    rows, got = everything(params, batch, v, u, units, tables)
     v, u, units = (np.asarray(x, float) for x in (v, u, units))
+    layered = np.concatenate([np.ravel(np.asarray(x, float)) for x in jax.tree.leaves(tables)])
     formulas = {
         "rows": expected, "times": expected @ v, "transposed": u @ expected, "kernel": 4 * expected @ expected.T,
-        "kernel in units": (expected * units**2) @ expected.T, "diagonal": np.sum(expected**2, 0),
+        "kernel in units": (expected * units**2) @ expected.T,
+        "kernel in layered units": (expected * layered**2) @ expected.T, "diagonal": np.sum(expected**2, 0),
         "lengths": np.sqrt(np.sum(expected**2, 0)), "matrix": expected.T @ expected, "scaled": 3 * expected @ v,
         "a sum": 2 * expected.T @ expected,
     }  # fmt: skip
@@ -91,6 +103,30 @@ def check_rows_of(case, centred, dtype):
     found = case.found if case.found_centred is None or not centred else case.found_centred
     assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == found
     assert {x.dtype for x in jax.tree.leaves(rows)} - {np.dtype("int32")} == {np.dtype(dtype)}
+
+
+def layered_units(shape, rng, dtype):
+    """Of rank one, between the last axis and the others; some are 0, and all of any."""
+    table = rng.uniform(0.5, 2, shape[:-1] or shape) * rng.integers(0, 3, shape[:-1] or shape)
+    return jnp.asarray(table[..., None] * rng.uniform(0.5, 2, shape[-1:]) if len(shape) > 1 else table, dtype)
+
+
+def test_layered_damping_makes_no_rows(monkeypatch, dtype):
+    """Of a weight on either side of a product, and of its transpose."""
+    monkeypatch.setattr(Outer, "explicit", None)
+    monkeypatch.setattr(Outer, "_kernel_of_rows", None)
+    for name in ("dense layers", "transposed", "on the left"):
+        case = CASES[name]
+        params, batch = typed(case.params, dtype), typed(case.batch, dtype)
+
+        @jax.jit
+        def solution(params, batch, case=case):
+            gram = Gram(layers.capture(case.model)(params, batch).rows)
+            assert any(map(is_outer, jax.tree.leaves(gram.rows, is_leaf=is_outer)))
+            g = gram.transposed_times(jnp.ones(gram.n, dtype))
+            return solvers.solve(gram, g, solver=solvers.row_space(), damping=damping.layered(0.1))
+
+        assert bool(solution(params, batch).converged)
 
 
 def energies(params, batch):

@@ -241,10 +241,11 @@ class Gram:
             return contracted(self.rows)
         return _tree.chunked_sum(contracted, explicit(self.rows), _chunk(self.space.size))
 
-    def kernel(self, inverse: Array) -> Array:
+    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
         """K = BBᴴ, (n, n), for B = A diag(inverse); memory n² and a copy of a chunk of the columns.
 
-        `inverse` is (p,), or one number, with which rows that are outer products are not made.
+        `inverse` is (p,), or one number, with which rows that are outer products are not made; nor are they if it is
+        of `rank_one` on each leaf, an outer product of its last axis and the others.
         """
         n, size, dtype = self.n, _chunk(self.n), self.space.dtype
 
@@ -262,7 +263,7 @@ class Gram:
         factors = jax.tree.leaves(self.space.unravel(inverse)) if jnp.ndim(inverse) else [inverse] * len(leaves)
         pairs = [(x, factor) for x, factor in zip(leaves, factors, strict=True) if math.prod(x.shape)]
         for x, factor in _small_ones_joined(pairs, size):
-            total = total + (x.kernel(factor) if is_outer(x) else of_columns(x, factor))
+            total = total + (x.kernel(factor, rank_one) if is_outer(x) else of_columns(x, factor))
         return total
 
     def scale(self) -> Array:

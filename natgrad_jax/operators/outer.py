@@ -269,8 +269,14 @@ class Outer:
 
         return _tree.chunked_sum(part, (self.left, self.right, roots), min(size, self.left.shape[0]))
 
-    def kernel(self, inverse: Array) -> Array:
-        """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf, which takes explicit rows."""
+    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
+        """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf, which takes explicit rows.
+
+        Not so if it is of `rank_one`, an outer product of the last axis of the leaf and the others, and that is one of
+        the sides of the matrices too.
+        """
+        if rank_one and self._last_axis_is_a_side():
+            return self._in_units(inverse).kernel(jnp.ones((), self.dtype))
         if jnp.ndim(inverse) or self._rows_are_cheaper():
             return self._kernel_of_rows(inverse)
         whole = self.terms()
@@ -285,6 +291,28 @@ class Outer:
             lambda: self._centred_kernel(kernel()),
             lambda: self._kernel_of_rows(jnp.ones((), self.dtype)),
         )
+
+    def _last_axis_is_a_side(self) -> bool:
+        """Whether the last axis of the leaf is one side of the matrices, and the other axes are the other side."""
+        shape = self.layout.shape
+        if len(shape) < 2:
+            return False
+        last, others = np.divmod(np.arange(math.prod(shape)).reshape(shape), shape[-1])[::-1]
+        last, others = self.layout.matrices(last), self.layout.matrices(others)
+        constant = lambda x, axis: bool(np.all(x == np.take(x, [0], axis)))  # noqa: E731
+        return any(constant(last, axis) and constant(others, 3 - axis) for axis in (1, 2))
+
+    def _in_units(self, table: Array) -> "Outer":
+        """The rows times a table of rank one on each of the matrices, ≥ 0."""
+        matrices = self.layout.matrices(table)
+        largest = jnp.max(matrices, axis=(1, 2), keepdims=True, initial=0.0)
+        inside = jnp.max(matrices, axis=2, initial=0.0)[:, None]
+        out = jnp.max(matrices / jnp.where(largest > 0, largest, 1), axis=1, initial=0.0)[:, None]
+        scaled = replace(self, left=self.left * inside, right=self.right * out)
+        if self.centre is None:
+            return scaled
+        roots, left, right, shift = self.centre
+        return replace(scaled, centre=Centre(roots, left * inside, right * out, shift * table))
 
     def _centred_kernel(self, kernel: Array) -> Array:
         """That of rows without their mean, times roots, from that of rows with any common part."""

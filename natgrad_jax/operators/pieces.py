@@ -74,7 +74,7 @@ class Pieces:
         """The rows, (N, *leaf)."""
         return self.layout.leaf([part.explicit() for part in self.parts])
 
-    def kernel(self, inverse: Array) -> Array:
+    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
         """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf."""
         if not jnp.ndim(inverse):
             return sum(part.kernel(inverse) for part in self.parts)  # type: ignore[return-value]

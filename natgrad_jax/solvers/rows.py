@@ -96,7 +96,9 @@ class RowSpace:
         rows = RowsInFrame(operator, Frame.of(operator, rule))
         # In units that are all the same, rows that are outer products are never made.
         uniform = isinstance(rule, damping_rules.Absolute | damping_rules.Trace) and operator.space.size > 0
-        kernel = operator.kernel(rows.inverse[0] if uniform else rows.inverse)
+        kernel = operator.kernel(
+            rows.inverse[0] if uniform else rows.inverse, rank_one=isinstance(rule, damping_rules.Layered)
+        )
         return RowSpaceFactored(rows, kernel, _shifted_lower(kernel, rows.frame.damping(None)))
 
     def apply(
