@@ -394,6 +394,15 @@ def test_the_effective_sample_size_is_that_of_the_density_ratio(float64):
     assert f"effective sample size {float(result.relative_ess):.0%}" in str(result)
 
 
+def test_a_constant_is_at_its_optimum(dtype):
+    """A Python number, without a gradient: fit widens q without end, minimise is where it wants to be."""
+    start = cases.cast(jnp.ones(2), dtype)
+    result = ng.inference.minimise(lambda x: 0.5, ng.metrics.scales(jnp.ones(2)), start)
+    assert bool(result.converged) and np.all(flat(result.params) == 1)
+    result = ng.fit(lambda x: 0.0, full_rank(2), jax.random.key(0), init=init(full_rank(2), dtype))
+    assert int(result.status) in (Status.TRUST_LIMITED, Status.NON_FINITE)
+
+
 def test_too_few_steps_are_reported(dtype):
     problem = ng.problems.eight_schools()
     result = ng.fit(problem.log_density, full_rank(10), jax.random.key(0), max_steps=9)

@@ -165,7 +165,7 @@ def minimise(
 
     Args:
         objective: objective(params), or objective(params, data); a scalar. Compiled once per function, as the metric:
-            pass new data through `data`; a variable of theirs that changes is not seen.
+            pass new data through `data`. What is read through objects, and any change of the metric, is not seen.
         metric: metric(params) -> operator, of `metrics`; metrics that need data take it from `data`, a dictionary.
         params: where to start.
         data: pytree handed to the objective; if the metric names keyword-only parameters, a dictionary that has them.
@@ -178,6 +178,10 @@ def minimise(
 
     Returns:
         `FitResult`: `.elbo` is the history of −objective, `.final_elbo` its last value, `.khat` NaN, `.family` None.
+
+    Raises:
+        TypeError: an objective that is no function, or cannot be hashed.
+        ValueError: one that is no real scalar, or not the same function at every call; max_steps or tol not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -366,7 +370,7 @@ def _minimise(
 ) -> FitResult:
     def geometry(data: PyTree) -> OfObjective:
         own = _data_of(metric, data)
-        value = objective if data is None else lambda params: objective(params, data)
+        value = lambda params: jnp.asarray(objective(params) if data is None else objective(params, data))  # noqa: E731
         return OfObjective(value, lambda params: metric(params, **own), solver, damping, retract)
 
     key = jax.random.key(0)
@@ -423,7 +427,7 @@ def _whole(plan: _Plan, data: PyTree) -> Callable[[PyTree], Array]:
 
 def _cast(plan: _Plan, target: Callable[[PyTree], Array]) -> Callable[[PyTree], Array]:
     """In the dtype of the parameters, whatever that of the data."""
-    return lambda x: target(x).astype(plan.dtype)
+    return lambda x: jnp.asarray(target(x), plan.dtype)
 
 
 def _geometry(plan: _Plan, in_frame: bool, data: PyTree, key: Array) -> Geometry:

@@ -160,8 +160,9 @@ def checked_twice(f: Callable[..., Any], arguments: tuple[PyTree, ...], name: st
 
 def _check_scalar(out: Any, what: str, name: str) -> None:
     if getattr(out, "shape", None) != ():
+        got = jax.tree.map(lambda s: getattr(s, "shape", type(s).__name__), out)
         raise ValueError(
-            f"{name}: expected a scalar for {what}, got {jax.tree.map(lambda s: s.shape, out)}. "
+            f"{name}: expected a scalar for {what}, got {got}. "
             "Sum over data points and components; there is no batch axis."
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):

@@ -1,5 +1,6 @@
 """Rows that are sums of outer products, as the gradients of a weight are: kept as their factors."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -74,15 +75,15 @@ class Layout:
 
 
 class Centre(NamedTuple):
-    """What is taken out of rows: the row of one example, and then how far the mean is from it.
+    """What is taken out of rows: the product of the mean factors, and then how far the mean row is from it.
 
     The rounding of a large common part stays in the common part, as it does in rows that are made.
 
     Attributes:
         roots: (n,), √w of the examples, which multiply what is left of their rows.
-        left: (1, k or 1, G, T, I), of that one example.
+        left: (1, k or 1, G, T, I), the mean with weights w.
         right: (1, k or 1, G, T, O), likewise.
-        shift: (k, *leaf), the mean of the differences of rows, with weights w.
+        shift: (k, *leaf), the mean of what is then left of the rows.
     """
 
     roots: Array
@@ -116,11 +117,17 @@ class Outer:
 
     def centred(self, roots: Array) -> "Outer":
         """Rows without their mean over the examples with weights roots², times roots."""
-        first = jnp.argmax(roots)
-        left, right = (jax.lax.dynamic_index_in_dim(x, first, keepdims=True) for x in (self.left, self.right))
-        apart = replace(self, left=self.left - left, right=self.right - right)
         roots = roots.astype(self.dtype)
         weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
+
+        def around(x: Array) -> tuple[Array, Array]:
+            """The mean, and the differences to it; in two steps, so that those of equal numbers are 0."""
+            first = jax.lax.dynamic_index_in_dim(x, jnp.argmax(roots), keepdims=True)
+            mean = jnp.tensordot(weights.astype(x.dtype), x - first, 1)[None]
+            return first + mean, (x - first) - mean
+
+        (left, d), (right, e) = around(self.left), around(self.right)
+        apart = replace(self, left=d, right=e)
         one_hot = weights[:, None, None] * jnp.eye(self.k, dtype=roots.dtype)
         terms = replace(apart, centre=Centre(roots, left, right, jnp.zeros(()))).terms()
         shift = jax.vmap(lambda u: terms.transposed_times(u.reshape(-1)), in_axes=1)(one_hot)
@@ -276,17 +283,22 @@ class Outer:
         the sides of the matrices too.
         """
         if rank_one and self._last_axis_is_a_side():
-            return self._in_units(inverse).kernel(jnp.ones((), self.dtype))
-        if jnp.ndim(inverse) or self._rows_are_cheaper():
+            return self._in_units(inverse)._kernel()
+        if jnp.ndim(inverse):
             return self._kernel_of_rows(inverse)
+        return self._in_units(jnp.broadcast_to(inverse, self.layout.shape))._kernel()
+
+    def _kernel(self) -> Array:
+        if self._rows_are_cheaper():
+            return self._kernel_of_rows(jnp.ones((), self.dtype))
         whole = self.terms()
         kernel = whole._kernel_of_pairs if self.left.shape[3] > 1 else self._kernel_of_products
         if self.centre is None:
-            return jnp.square(inverse) * kernel()
+            return kernel()
         # The trace alone says whether digits are left, so that only one of the two kernels is made.
         weights, shift = jnp.square(self.centre.roots), self.centre.shift
         trace = weights @ jnp.sum(whole._squared_rows(), axis=1) - jnp.sum(weights) * jnp.sum(jnp.square(shift))
-        return jnp.square(inverse) * jax.lax.cond(
+        return jax.lax.cond(
             _remain(trace, weights @ jnp.sum(whole._squared_terms(), axis=1)),
             lambda: self._centred_kernel(kernel()),
             lambda: self._kernel_of_rows(jnp.ones((), self.dtype)),
@@ -303,16 +315,23 @@ class Outer:
         return any(constant(last, axis) and constant(others, 3 - axis) for axis in (1, 2))
 
     def _in_units(self, table: Array) -> "Outer":
-        """The rows times a table of rank one on each of the matrices, ≥ 0."""
-        matrices = self.layout.matrices(table)
-        largest = jnp.max(matrices, axis=(1, 2), keepdims=True, initial=0.0)
-        inside = jnp.max(matrices, axis=2, initial=0.0)[:, None]
-        out = jnp.max(matrices / jnp.where(largest > 0, largest, 1), axis=1, initial=0.0)[:, None]
-        scaled = replace(self, left=self.left * inside, right=self.right * out)
+        """The rows times a table of rank one on each of the matrices, ≥ 0; the left sides are then at most 1.
+
+        For the squares of either side may leave the floats where those of the rows do not.
+        """
+        unit = lambda x: jnp.where(x > 0, x, 1)  # noqa: E731
+        matrices, sides = self.layout.matrices(table), [self.left] + ([self.centre.left] if self.centre else [])
+        inside = jnp.max(matrices, axis=2, initial=0.0)[:, None]  # (G, 1, I)
+        inside = inside / unit(jnp.max(inside, axis=2, keepdims=True, initial=0.0))
+        size = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), axis=(0, 1, 3, 4), initial=0.0) for x in sides])
+        size = unit(size)[:, None, None]
+        out = jnp.max(matrices, axis=1, initial=0.0)[:, None] * size
+        times_left, times_right = (lambda x: x / size * inside), (lambda x: x * out)
+        scaled = replace(self, left=times_left(self.left), right=times_right(self.right))
         if self.centre is None:
             return scaled
         roots, left, right, shift = self.centre
-        return replace(scaled, centre=Centre(roots, left * inside, right * out, shift * table))
+        return replace(scaled, centre=Centre(roots, times_left(left), times_right(right), shift * table))
 
     def _centred_kernel(self, kernel: Array) -> Array:
         """That of rows without their mean, times roots, from that of rows with any common part."""
