@@ -5,6 +5,7 @@ precision are then the same case. Numbers are float32 numbers, so that both prec
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import jax
@@ -196,7 +197,8 @@ def _length_matrix(out):
 
 
 def _pullback(inner):
-    return lambda view, **options: metrics.pullback(lambda p: _features(view(p)), inner, **options)
+    """Of a copy: JAX knows a constant by its identity, and would take the precision that it first was seen in."""
+    return lambda view, **options: metrics.pullback(lambda p: _features(view(p)), deepcopy(inner), **options)
 
 
 def _pullback_case(inner, matrix, forms="jac free"):

@@ -284,18 +284,21 @@ def test_derivatives_of_a_solve(solver, kind, rule, float64):
         solved = solvers.solve(op, g, solver=CELLS[solver][0], damping=rule)
         return sum(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.vdot(x, y), v, solved.value)))
 
+    dense = jax.jit(lambda op: op.dense())
+
     def exact(t):
         op = jax.tree.map(
-            lambda x, y: np.asarray(x + t * (y - x)),
+            lambda x, y: np.asarray(x) + t * (np.asarray(y) - np.asarray(x)),
             OPERATORS[kind].build(ROWS, float64), OPERATORS[kind].build(ROWS + direction, float64),
         )  # fmt: skip
-        matrix = np.asarray(op.dense())
+        matrix = np.asarray(dense(op))
         return VECTOR @ np.linalg.solve(matrix + (1 + t) * np.diag(case.added(matrix)), RHS * (1 + t))
 
     step = 1e-4
     central = (8 * (exact(step) - exact(-step)) - (exact(2 * step) - exact(-2 * step))) / (12 * step)
-    np.testing.assert_allclose(jax.grad(value)(0.0), central, rtol=1e-8)
-    np.testing.assert_allclose(jax.jvp(value, (0.0,), (1.0,))[1], central, rtol=1e-8)
+    backward, forward = jax.jit(lambda t: (jax.grad(value)(t), jax.jvp(value, (t,), (1.0,))[1]))(0.0)
+    np.testing.assert_allclose(backward, central, rtol=1e-8)
+    np.testing.assert_allclose(forward, central, rtol=1e-8)
 
 
 def test_the_gradient_of_a_complex_solve(float64):
@@ -453,14 +456,19 @@ def test_restriction_is_a_block_of_the_matrix(kind, dtype):
     for mask, kept in (
         ({"a": True, "b": False, "c": True}, [0, 1, 3, 4]), ({"a": False, "b": True, "c": False}, [2]),
     ):  # fmt: skip
-        part = op.restrict(mask)
         block, v = matrix[np.ix_(kept, kept)], VECTOR[kept]
         seen = jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), mask, tree(VECTOR, dtype))
         tol = 40 * cases.eps(dtype) * np.linalg.norm(block)
-        np.testing.assert_allclose(part.dense(), block, rtol=0, atol=tol)
-        np.testing.assert_allclose(flat(part.mv(seen)), block @ v, rtol=0, atol=tol * np.linalg.norm(v))
-        np.testing.assert_allclose(flat(part.diagonal()), np.diag(block), rtol=0, atol=tol)
-        got = solvers.solve(part, seen, damping=0.5)
+
+        @jax.jit
+        def restricted(op, seen):
+            part = op.restrict(mask)  # noqa: B023
+            return part.dense(), part.mv(seen), part.diagonal(), solvers.solve(part, seen, damping=0.5)
+
+        dense, product, diagonal, got = restricted(op, seen)
+        np.testing.assert_allclose(dense, block, rtol=0, atol=tol)
+        np.testing.assert_allclose(flat(product), block @ v, rtol=0, atol=tol * np.linalg.norm(v))
+        np.testing.assert_allclose(flat(diagonal), np.diag(block), rtol=0, atol=tol)
         expected = np.linalg.solve(block + 0.5 * np.diag(np.diag(block)), v)
         assert error(got.value, expected) < 8 * P * 20 * cases.eps(dtype)
 

@@ -735,21 +735,25 @@ def test_complex_parameters_are_two_real_ones_each(dtype):
     """Against the metric of a model that is written in real parameters, and the Hermitian form of a holomorphic one."""
     params, xs = _complex_params(dtype)
     mixed = lambda p, x: _log_psi(p, x) + jnp.real(p["b"][0]) * jnp.imag(p["w"][0, 0]) * x[0]  # not holomorphic
-    op = metrics.quantum_geometric(mixed)(params, samples=xs)
     real = lambda p, x: mixed(jax.tree.map(lambda a, b: a + 1j * b, p["re"], p["im"]), x)
     split = {"re": jax.tree.map(jnp.real, params), "im": jax.tree.map(jnp.imag, params)}
-    whole = metrics.quantum_geometric(real)(split, samples=xs)
     v = jax.tree.map(lambda x: jnp.cos(x), params)
-    halves = whole.mv({"re": jax.tree.map(jnp.real, v), "im": jax.tree.map(jnp.imag, v)})
-    joined = jax.tree.map(lambda a, b: a + 1j * b, halves["re"], halves["im"])
+
+    @jax.jit
+    def products(params, split, v, xs):
+        op, whole = (metrics.quantum_geometric(f)(p, samples=xs) for f, p in ((mixed, params), (real, split)))
+        halves = whole.mv({"re": jax.tree.map(jnp.real, v), "im": jax.tree.map(jnp.imag, v)})
+        joined = jax.tree.map(lambda a, b: a + 1j * b, halves["re"], halves["im"])
+        forms = {}, {"holomorphic": True}, {"holomorphic": True, "matrix_free": True}
+        alike = [metrics.quantum_geometric(_log_psi, **form)(params, samples=xs).mv(v) for form in forms]
+        return op.mv(v), joined, op.norm(v), op.inner(v, v), alike
+
+    product, joined, norm, inner, (as_real, hermitian, free) = products(params, split, v, xs)
     parts = lambda tree: [(np.real(x), np.imag(x)) for x in jax.tree.leaves(tree)]
-    assert error(parts(op.mv(v)), parts(joined)) < 100 * cases.eps(dtype)
-    np.testing.assert_allclose(op.norm(v) ** 2, op.inner(v, v), rtol=100 * cases.eps(dtype))
-    hermitian = metrics.quantum_geometric(_log_psi, holomorphic=True)(params, samples=xs)
-    as_real = metrics.quantum_geometric(_log_psi)(params, samples=xs)
-    assert error(parts(hermitian.mv(v)), parts(as_real.mv(v))) < 100 * cases.eps(dtype)
-    free = metrics.quantum_geometric(_log_psi, holomorphic=True, matrix_free=True)(params, samples=xs)
-    assert error(parts(free.mv(v)), parts(as_real.mv(v))) < 100 * cases.eps(dtype)
+    assert error(parts(product), parts(joined)) < 100 * cases.eps(dtype)
+    np.testing.assert_allclose(norm**2, inner, rtol=100 * cases.eps(dtype))
+    assert error(parts(hermitian), parts(as_real)) < 100 * cases.eps(dtype)
+    assert error(parts(free), parts(as_real)) < 100 * cases.eps(dtype)
 
 
 @pytest.mark.parametrize("damping", [0.1, ng.damping.absolute(0.1), ng.damping.metric(0.1, metrics.scales(2.0))])

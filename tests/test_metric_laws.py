@@ -1,5 +1,6 @@
 """Every metric against numpy, in every form, and the laws: units, trees, jit, vmap, derivatives, dtypes, mistakes."""
 
+import functools
 import inspect
 
 import cases
@@ -27,45 +28,69 @@ def bound(dtype):
     return 1e-11 if dtype == np.float64 else 3000 * cases.eps(dtype)
 
 
+@functools.cache
+def compiled(name, dtype, **options):
+    """(params, data, v) -> (operator, its matrix, its product with v): one program, shared by the laws.
+
+    That jit changes nothing is a law of its own.
+    """
+    metric, _, _ = metric_case(name, dtype, **options)
+
+    def everything(params, data, v):
+        op = metric(params, **data)
+        return op, None if options.get("matrix_free") else op.dense(), op.mv(v)
+
+    return jax.jit(everything)
+
+
+def matrix_of(name, dtype, params, data):
+    return compiled(name, dtype)(params, data, params)[1]
+
+
+def each(f, *trees):
+    """A function of numpy, entry by entry."""
+    return jax.tree.map(lambda *x: jnp.asarray(f(*map(np.asarray, x)), x[0].dtype), *trees)
+
+
 @every_metric
 def test_the_matrix_is_the_one_of_numpy(name, dtype):
-    metric, params, data = metric_case(name, dtype)
-    op = metric(params, **data)
-    assert error(op.dense(), METRICS[name].matrix) < bound(dtype)
-    assert op.dense().dtype == dtype
+    _, params, data = metric_case(name, dtype)
+    v = each(np.cos, params)
+    op, matrix, product = compiled(name, dtype)(params, data, v)
+    assert error(matrix, METRICS[name].matrix) < bound(dtype)
+    assert matrix.dtype == dtype
     assert operators.Space.of(params).treedef == op.space.treedef
-    values = np.linalg.eigvalsh(np.asarray(op.dense(), float))
+    values = np.linalg.eigvalsh(np.asarray(matrix, float))
     assert values.min() > -bound(dtype) * values.max()
-    v = jax.tree.map(jnp.cos, params)
-    assert error(op.mv(v), METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
+    assert error(product, METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
 
 
 @having("jac")
 @pytest.mark.parametrize("jac", ["fwd", "rev"])
 def test_the_mode_of_differentiation_changes_nothing(name, jac, float64):
-    metric, params, data = metric_case(name, float64, jac=jac)
-    assert error(metric(params, **data).dense(), METRICS[name].matrix) < bound(float64)
+    _, params, data = metric_case(name, float64)
+    assert error(compiled(name, float64, jac=jac)(params, data, params)[1], METRICS[name].matrix) < bound(float64)
 
 
 @having("chunk")
 def test_chunks_make_a_matrix(name, dtype):
     """3 divides no number of examples."""
-    metric, params, data = metric_case(name, dtype, chunk_size=3)
-    op = metric(params, **data)
+    _, params, data = metric_case(name, dtype)
+    op, matrix, _ = compiled(name, dtype, chunk_size=3)(params, data, params)
     assert not isinstance(op, operators.Gram)
-    assert error(op.dense(), METRICS[name].matrix) < bound(dtype)
+    assert error(matrix, METRICS[name].matrix) < bound(dtype)
 
 
 @having("free")
 def test_products_alone(name, dtype):
-    metric, params, data = metric_case(name, dtype, matrix_free=True)
-    op = metric(params, **data)
+    _, params, data = metric_case(name, dtype)
+    v = each(np.cos, params)
+    op, _, product = compiled(name, dtype, matrix_free=True)(params, data, v)
     assert not hasattr(op, "rows") and not hasattr(op, "matrix")
-    v = jax.tree.map(jnp.cos, params)
-    assert error(op.mv(v), METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
+    assert error(product, METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
     if "chunk" in METRICS[name].forms and "any loss" not in name:
-        metric, params, data = metric_case(name, dtype, matrix_free=True, chunk_size=3)
-        assert error(metric(params, **data).mv(v), METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
+        _, _, product = compiled(name, dtype, matrix_free=True, chunk_size=3)(params, data, v)
+        assert error(product, METRICS[name].matrix @ flat(v)) < 10 * bound(dtype)
 
 
 @every_metric
@@ -87,11 +112,11 @@ def test_jit_and_new_data_without_a_new_trace(name, float64):
 @every_metric
 def test_vmap_is_a_loop(name, float64):
     metric, params, data = metric_case(name, float64)
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 1.25 * x]), params)
-    got = jax.vmap(lambda params: metric(params, **data).dense())(stacked)
-    for i, factor in enumerate((1, 1.25)):
-        alone = metric(jax.tree.map(lambda x: factor * x, params), **data).dense()  # noqa: B023
-        assert error(got[i], alone) < 1e-11
+    lanes = [each(lambda x: factor * x, params) for factor in (1, 1.25)]  # noqa: B023
+    stacked = each(lambda *x: np.stack(x), *lanes)
+    got = jax.jit(jax.vmap(lambda params, data: metric(params, **data).dense(), (0, None)))(stacked, data)
+    for lane, alone in zip(np.asarray(got), lanes, strict=True):
+        assert error(lane, matrix_of(name, float64, alone, data)) < 1e-11
 
 
 @pytest.mark.parametrize("name", [name for name in METRICS if name != "quasi-diagonal"])
@@ -100,32 +125,33 @@ def test_a_flat_vector_is_the_same_problem(name, float64):
     metric, _, data = metric_case(name, float64, unravel)
     if name == "relative":
         return  # its parameters are a matrix
-    assert error(metric(params, **data).dense(), METRICS[name].matrix) < 1e-11
+    matrix = jax.jit(lambda params, data: metric(params, **data).dense())
+    assert error(matrix(params, data), METRICS[name].matrix) < 1e-11
 
 
 @pytest.mark.parametrize("name", [name for name, case in METRICS.items() if case.units])
 def test_units_change_the_matrix_as_they_must(name, dtype):
     """θ = Dθ′ gives G′ = DGD, and the step of an optimizer with default settings in the new units is D⁻¹ the old."""
     _, params, data = metric_case(name, dtype)
-    size = len(flat(params))
-    factors = np.resize(2.0 ** np.array([13, -13, 3, 0, -7]), size)  # 1e-4 … 1e4, exact
     space = operators.Space.of(params)
-    d = space.unravel(jnp.asarray(factors, dtype))
-    view = lambda p: jax.tree.map(lambda x, s: x * s, p, d)
-    metric, _, _ = metric_case(name, dtype, view)
-    primed = jax.tree.map(lambda x, s: x / s, params, d)
-    matrix = metric(primed, **data).dense()
-    assert error(matrix / np.outer(factors, factors), METRICS[name].matrix) < bound(dtype)
-    g = jax.tree.map(jnp.cos, params)
-    steps = []
     damping = None if name == "quasi-diagonal" else 0.1  # a closed form has none
-    for its, theta, grads in (
-        (metric_case(name, dtype)[0], params, g),
-        (metric, primed, jax.tree.map(lambda x, s: x * s, g, d)),
-    ):
-        tx = ng.natural_gradient(0.5, its, max_kl=0.1, damping=damping)
-        step, _ = jax.jit(tx.update)(grads, tx.init(theta), theta, **data)
-        assert jax.tree.map(jnp.shape, step) == jax.tree.map(jnp.shape, theta)
+
+    @jax.jit
+    def matrix_and_step(units, theta, grads, data):
+        """One program for all units."""
+        metric, _, _ = metric_case(name, dtype, lambda p: jax.tree.map(jnp.multiply, p, units))
+        tx = ng.natural_gradient(0.5, metric, max_kl=0.1, damping=damping)
+        return metric(theta, **data).dense(), tx.update(grads, tx.init(theta), theta, **data)[0]
+
+    ones = np.ones(len(flat(params)))
+    factors = np.resize(2.0 ** np.array([13, -13, 3, 0, -7]), len(ones))  # 1e-4 … 1e4, exact
+    steps = []
+    for units in (ones, factors):
+        d = space.unravel(jnp.asarray(units, dtype))
+        primed, grads = each(np.divide, params, d), each(lambda x, s: np.cos(x) * s, params, d)
+        matrix, step = matrix_and_step(d, primed, grads, data)
+        assert error(matrix / np.outer(units, units), METRICS[name].matrix) < bound(dtype)
+        assert jax.tree.map(jnp.shape, step) == jax.tree.map(jnp.shape, params)
         assert {x.dtype for x in jax.tree.leaves(step)} == {dtype}
         steps.append(flat(step))
     assert np.linalg.norm(steps[0]) > 0
@@ -135,9 +161,10 @@ def test_units_change_the_matrix_as_they_must(name, dtype):
 @every_metric
 def test_the_matrix_has_a_derivative(name, float64):
     metric, params, data = metric_case(name, float64)
-    direction = jax.tree.map(jnp.sin, params)
-    matrix = jax.jit(lambda t: metric(jax.tree.map(lambda x, v: x + t * v, params, direction), **data).dense())
-    got = jax.jacfwd(matrix)(0.0)
+    direction = each(np.sin, params)
+    slope = jax.jit(lambda x, v, data: jax.jvp(lambda x: metric(x, **data).dense(), (x,), (v,))[1])
+    got = slope(params, direction, data)
+    matrix = lambda t: np.asarray(matrix_of(name, float64, each(lambda x, v: x + t * v, params, direction), data))
     h = 1e-4
     differences = (8 * (matrix(h) - matrix(-h)) - (matrix(2 * h) - matrix(-2 * h))) / (12 * h)
     assert np.linalg.norm(got - differences) < 1e-8 * np.linalg.norm(METRICS[name].matrix)
@@ -147,15 +174,16 @@ def test_the_matrix_has_a_derivative(name, float64):
 @pytest.mark.parametrize("name", [name for name in METRICS if name not in ("fisher, unnormalised", "wasserstein, cdf")])
 def test_half_precision_parameters_are_raised(name):
     """What the metric sees are the rounded parameters, in float32."""
-    metric, params, data = metric_case(name, np.float32)
+    dtype = np.dtype(np.float32)
+    metric, params, data = metric_case(name, dtype)
     half = jnp.bfloat16
     low = jax.tree.map(lambda x: x.astype(half), params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-    op = metric(low, **data)
-    assert op.dense().dtype == jnp.float32
-    assert error(op.dense(), metric(rounded, **data).dense()) < 50 * cases.eps(np.float32)
+    op, matrix, _ = compiled(name, dtype)(low, data, low)
+    assert matrix.dtype == jnp.float32
+    assert error(matrix, matrix_of(name, dtype, rounded, data)) < 50 * cases.eps(np.float32)
     tx = ng.natural_gradient(0.1, metric, damping=None if isinstance(op, operators.Closed) else 0.1)
-    step, _ = tx.update(jax.tree.map(jnp.ones_like, low), tx.init(low), low, **data)
+    step, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, low), jax.jit(tx.init)(low), low, **data)
     assert {x.dtype for x in jax.tree.leaves(step)} == {jnp.dtype(half)}
 
 
@@ -178,8 +206,8 @@ def test_a_parameter_that_is_not_a_number_takes_no_step(name, float64):
     metric, params, data = metric_case(name, float64)
     bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
     tx = ng.natural_gradient(0.1, metric)
-    step, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, bad), tx.init(bad), bad, **data)
-    seen = bool(np.isnan(metric(bad, **data).dense()).any())  # no Jacobian of a linear model sees its parameters
+    step, _ = jax.jit(tx.update)(each(np.ones_like, bad), jax.jit(tx.init)(bad), bad, **data)
+    seen = np.isnan(matrix_of(name, float64, bad, data)).any()  # no Jacobian of a linear model sees its parameters
     assert np.all(flat(step) == 0) if seen else np.all(np.isfinite(flat(step)) & (np.abs(flat(step)) < 1e6))
 
 

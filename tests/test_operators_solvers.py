@@ -107,12 +107,13 @@ def test_solve_is_the_dense_solve(solver, kind, rule, dtype):
 @pytest.mark.parametrize("rule", ["number", "trace", "absolute"])
 def test_one_factorisation_serves_other_strengths(solver, kind, rule, dtype):
     solver = solver or solvers.auto()
-    factored = solver.factor(OPERATORS[kind].build(ROWS, dtype), ng.damping.as_rule(RULES[rule].damping))
+    factor = jax.jit(lambda op: solver.factor(op, ng.damping.as_rule(RULES[rule].damping)))
+    factored, apply = factor(OPERATORS[kind].build(ROWS, dtype)), jax.jit(solver.apply)
     matrix = OPERATORS[kind].matrix(ROWS)
     weights = {"trace": np.full(P, np.trace(matrix) / P), "absolute": np.ones(P)}.get(rule, np.diag(matrix))
     for strength in (0.0, 0.03, 2.0):
         damped = matrix + strength * np.diag(weights)
-        got = solver.apply(factored, tree(RHS, dtype), strength).value
+        got = apply(factored, tree(RHS, dtype), strength).value
         assert error(got, np.linalg.solve(damped, RHS)) < bound(np.linalg.cond(damped), dtype)
 
 
@@ -209,9 +210,9 @@ def test_the_norm_of_tiny_rows(dtype):
 def test_tree_and_flat_vector_agree(solver, kind, rule, dtype):
     if OPERATORS[kind].flat is None:
         return  # has parts by nature
-    damping, case = RULES[rule].damping, OPERATORS[kind]
-    whole = solvers.solve(case.build(ROWS, dtype), tree(RHS, dtype), solver=solver, damping=damping)
-    plain = solvers.solve(case.flat(ROWS, dtype), jnp.asarray(RHS, dtype), solver=solver, damping=damping)
+    case = OPERATORS[kind]
+    whole = solve(solver, rule, case.build(ROWS, dtype), tree(RHS, dtype))
+    plain = solve(solver, rule, case.flat(ROWS, dtype), jnp.asarray(RHS, dtype))
     # The same arithmetic on the same flat numbers; only sums over parameters are taken leaf by leaf.
     assert error(whole.value, plain.value) < bound(reference(kind, rule)[1], dtype) / 4
 
@@ -356,9 +357,9 @@ def test_an_undamped_singular_cholesky_is_a_flag_not_an_answer(dtype):
 @every_solver
 def test_a_matrix_of_zeros(solver, kind, dtype):
     op = OPERATORS[kind].build(0 * ROWS, dtype)
-    got = solvers.solve(op, tree(RHS, dtype), solver=solver, damping=None)
+    got = solve(solver, "none", op, tree(RHS, dtype))
     assert not flat(got.value).any() and int(got.stats.dead) == P
-    damped = solvers.solve(op, tree(RHS, dtype), solver=solver, damping=ng.damping.absolute(0.5))
+    damped = solve(solver, "absolute", op, tree(RHS, dtype))
     np.testing.assert_allclose(flat(damped.value), RHS / 0.5, rtol=4 * cases.eps(dtype))
 
 
@@ -379,10 +380,10 @@ def test_what_is_not_finite_is_flagged(solver, kind, bad, dtype):
     good = OPERATORS[kind].build(ROWS, dtype)
     spoiled = RHS.copy()
     spoiled[1] = bad
-    assert not bool(solvers.solve(good, tree(spoiled, dtype), solver=solver).converged)
+    assert not bool(solve(solver, "zero", good, tree(spoiled, dtype)).converged)
     rows = ROWS.copy()
     rows[0, 1] = bad
-    assert not bool(solvers.solve(OPERATORS[kind].build(rows, dtype), tree(RHS, dtype), solver=solver).converged)
+    assert not bool(solve(solver, "zero", OPERATORS[kind].build(rows, dtype), tree(RHS, dtype)).converged)
 
 
 SHAPES = {
