@@ -282,15 +282,12 @@ class Outer:
         Not so if it is of `rank_one`, an outer product of the last axis of the leaf and the others, and that is one of
         the sides of the matrices too.
         """
-        if rank_one and self._last_axis_is_a_side():
-            return self._in_units(inverse)._kernel()
-        if jnp.ndim(inverse):
+        rank_one = jnp.ndim(inverse) == 0 or (rank_one and self._last_axis_is_a_side())
+        if not rank_one or self._rows_are_cheaper():
             return self._kernel_of_rows(inverse)
         return self._in_units(jnp.broadcast_to(inverse, self.layout.shape))._kernel()
 
     def _kernel(self) -> Array:
-        if self._rows_are_cheaper():
-            return self._kernel_of_rows(jnp.ones((), self.dtype))
         whole = self.terms()
         kernel = whole._kernel_of_pairs if self.left.shape[3] > 1 else self._kernel_of_products
         if self.centre is None:
