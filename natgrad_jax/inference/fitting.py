@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natgrad_jax import solvers
-from natgrad_jax._tree import PyTree, all_finite, surely
+from natgrad_jax._tree import PyTree, accumulator, all_finite, real_dtype, surely
 from natgrad_jax.families import GaussianFullRank, GaussianMeanField, GaussianPrecision
 from natgrad_jax.families.shared import dimension
 from natgrad_jax.inference import descent, diagnostics, estimators, lanes, progress, whitened
@@ -368,9 +368,12 @@ def _minimise(
     damping: Any,
     tol: Array,
 ) -> FitResult:
+    dtype = real_dtype(accumulator(*(x.dtype for x in jax.tree.leaves(params))))  # whatever that of the data
+
     def geometry(data: PyTree) -> OfObjective:
         own = _data_of(metric, data)
-        value = lambda params: jnp.asarray(objective(params) if data is None else objective(params, data))  # noqa: E731
+        given = () if data is None else (data,)
+        value = lambda params: jnp.asarray(objective(params, *given), dtype)  # noqa: E731
         return OfObjective(value, lambda params: metric(params, **own), solver, damping, retract)
 
     key = jax.random.key(0)
