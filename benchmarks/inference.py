@@ -4,9 +4,11 @@ Gradients are those of the log-density; ELBOs are judged on 10,000 fixed draws. 
 run times the share of its steps up to the arrival, both rules interleaved.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import natgrad_jax as ng
@@ -19,13 +21,14 @@ EVERY = 20
 
 
 def run(fast: bool) -> list[dict[str, Any]]:
-    """Rows: arrival on two data sets, units, and 256 problems in one call."""
+    """Rows: arrival on two data sets, units, 256 problems in one call, and draws of a mean field."""
     schools, cancer = ng.problems.eight_schools(), ng.problems.breast_cancer()
     return [
         arrival("breast cancer", cancer, seeds=2 if fast else 5, fast=fast),
         arrival("eight schools", schools, seeds=2 if fast else 21, fast=fast),
         units(fast),
         copies(schools, 8 if fast else 256),
+        *(mean_field(d, fast) for d in ((40,) if fast else (50, 200, 500))),
     ]
 
 
@@ -114,4 +117,39 @@ def copies(problem: Problem, lanes: int) -> dict[str, Any]:
     for what in ("min", "median"):
         row[f"loop: seconds, {what}"] = times["loop"][what]
         row[f"loop / one call, {what}"] = times["loop"][what] / times["one call"][what]
+    return row
+
+
+def mean_field(d: int, fast: bool) -> dict[str, Any]:
+    """64 antithetic draws against 2d orthogonal ones, on a chain of d Gaussians, each tied to its neighbours."""
+    precision = jnp.eye(d) - 0.45 * (jnp.eye(d, k=1) + jnp.eye(d, k=-1))
+    mean = jnp.linspace(-3, 3, d)
+
+    def gap(params: Any) -> Any:
+        """KL(q‖p) above the least that a mean field can have, nats."""
+        e, scale = params.loc - mean, jnp.exp(params.log_scale)
+        return 0.5 * (jnp.sum(scale**2) + e @ precision @ e - d) - jnp.sum(params.log_scale)
+
+    log_density, family = lambda x: -0.5 * (x - mean) @ precision @ (x - mean), ng.families.gaussian_mean_field(d)
+    draws = {"antithetic": ng.inference.antithetic(64), "orthogonal": ng.inference.orthogonal(60)}
+    calls: dict[str, Any] = {
+        name: partial(
+            ng.fit, log_density, family, jax.random.key(0), estimator=ng.inference.stl(points), keep_path=True
+        )
+        for name, points in draws.items()
+    }
+    times = interleaved(calls, repeats=1 if fast else 5)
+    row: dict[str, Any] = {"problem": f"mean field, d = {d}"}
+    for name, call in calls.items():
+        result = call()
+        steps = int(result.steps)
+        near = np.flatnonzero(np.asarray(jax.vmap(gap)(result.path))[:steps] < 1)
+        per_step = int(result.gradients) // steps
+        row |= {
+            f"{name}: gradients to 1 nat": (int(near[0]) + 1) * per_step if near.size else float("inf"),
+            f"{name}: gradients in all": int(result.gradients),
+            f"{name}: status": ng.inference.Status(int(result.status)).name,
+            f"{name}: gap at the end": float(gap(result.params)),
+            f"{name}: ms a step, min": 1e3 * times[name]["min"] / steps,
+        }
     return row

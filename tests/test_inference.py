@@ -360,7 +360,7 @@ def test_a_target_with_forbidden_regions_is_not_finite(seed, dtype):
 
 def test_a_mean_field_of_many_dimensions_takes_few_draws(dtype):
     """KL(q‖p) of a Gaussian p with precision Λ is least, ½(Σ log Λ_ii − log|Λ|), at N(m, 1/Λ_ii)."""
-    d, link = 200, 0.2
+    d, link = 300, 0.2
     precision = np.eye(d) - link * (np.eye(d, k=1) + np.eye(d, k=-1))
     mean, unit = np.linspace(-3, 3, d), np.logspace(-2, 2, d)
 
@@ -371,6 +371,8 @@ def test_a_mean_field_of_many_dimensions_takes_few_draws(dtype):
     result = ng.fit(log_density, mean_field(d), jax.random.key(0), init=init(mean_field(d), dtype))
     assert int(result.status) == Status.CONVERGED
     assert int(result.gradients) == 64 * int(result.steps)
+    fewer = fit(mean_field(3), 0, dtype, gaussian_data(dtype))
+    assert int(fewer.gradients) == 60 * int(fewer.steps)  # orthogonal
     loc, log_scale = flat(result.params.loc) / unit - mean, flat(result.params.log_scale) - np.log(unit)
     scale = np.exp(log_scale)
     gap = 0.5 * (np.sum(scale**2) + loc @ precision @ loc - d) - np.sum(log_scale)  # KL − least KL

@@ -282,6 +282,32 @@ def test_a_large_common_part_is_taken_out_of_rows(dtype):
     assert np.max(equal.scale()) == 0 and np.max(jnp.abs(equal.kernel(one))) == 0
 
 
+@pytest.mark.parametrize("outlier", [None, 0, 63])
+def test_single_precision_is_used_as_well_as_by_rows(outlier, float64):
+    """Damping by about one rounding of the trace; nearly equal samples, one of them far from the others or none."""
+    f = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2)
+    rng, errors = np.random.default_rng(0), {"auto": 0.0, "plain": 0.0}
+
+    def step(w, x, e, rows):
+        gram = metrics.quantum_geometric(f, rows=rows)(w, samples=x)
+        rule = damping.trace(jnp.asarray(1e-4, w.dtype))
+        return solvers.solve(gram, e, solver=solvers.row_space(), damping=rule).value
+
+    step = jax.jit(step, static_argnums=3)
+    for _ in range(4):
+        centre, w = rng.normal(size=24), rng.normal(size=(24, 24)) * 0.2
+        x = centre + 1e-2 * rng.normal(size=(64, 24))
+        if outlier is not None:
+            x[outlier] = -3 * np.roll(centre, 3)
+        rows = np.asarray(jax.vmap(jax.grad(f), (None, 0))(w, x))
+        g = np.tensordot(rng.normal(size=64) / 64, rows - rows.mean(0), 1)
+        exact = step(jnp.asarray(w), jnp.asarray(x), jnp.asarray(g), "plain")
+        for form in errors:
+            single = step(*(jnp.asarray(v, jnp.float32) for v in (w, x, g)), form)
+            errors[form] += float(np.linalg.norm(single - exact) / np.linalg.norm(exact))
+    assert errors["auto"] < 1.5 * errors["plain"]
+
+
 def test_entries_that_do_not_vary_have_no_curvature(dtype):
     """xᵀWx at x_i = ±a_i: the factors of W_ii change their sign together, and its rows, a_i², are all the same."""
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from natgrad_jax import _tree
 from natgrad_jax._tree import OneExample, PyTree, concrete, leading_axis
 from natgrad_jax.layers import walk
 from natgrad_jax.layers.walk import Mark, Marks, Piece, Route, Tape, Use
-from natgrad_jax.operators.outer import Layout, Outer
+from natgrad_jax.operators.outer import Layout, Outer, around_mean, column
 from natgrad_jax.operators.picked import Picked
 from natgrad_jax.operators.pieces import OfPiece, Pieces, is_outer, places_of
 
@@ -276,7 +276,7 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
     factors = [_cropped(use, x, delta) for (_, use), x, delta in zip(kept, others, deltas, strict=True)]
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
-        built[i] = _weighted(_centred(gradient, roots) if centred else gradient, roots)
+        built[i] = _weighted(around_mean(gradient, roots)[1] if centred else gradient, roots)
     parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
     for route in followed:
         places = [j for j, (_, use) in enumerate(kept) if use.route == route]
@@ -316,20 +316,8 @@ def _along_positions(parts: list[Array]) -> Array:
     return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:])) for x in parts], axis=3)
 
 
-def _roots(roots: Array, ndim: int) -> Array:
-    """(n,) or (n, k), ready to multiply (n, k, …)."""
-    return roots.reshape(*roots.shape, *(1,) * (ndim - roots.ndim))
-
-
-def _centred(rows: Array, roots: Array) -> Array:
-    """Without their mean over the examples, in two steps: a column of equal numbers becomes 0."""
-    weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
-    rows = rows - jax.lax.dynamic_index_in_dim(rows, jnp.argmax(roots), keepdims=True)
-    return rows - jnp.tensordot(weights.astype(rows.dtype), rows, 1)
-
-
 def _weighted(rows: Array, roots: Array) -> Array:
-    rows = _roots(roots, rows.ndim).astype(rows.dtype) * rows
+    rows = column(roots, rows.ndim).astype(rows.dtype) * rows
     return rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
 
 

@@ -119,14 +119,7 @@ class Outer:
         """Rows without their mean over the examples with weights roots², times roots."""
         roots = roots.astype(self.dtype)
         weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
-
-        def around(x: Array) -> tuple[Array, Array]:
-            """The mean, and the differences to it; in two steps, so that those of equal numbers are 0."""
-            first = jax.lax.dynamic_index_in_dim(x, jnp.argmax(roots), keepdims=True)
-            mean = jnp.tensordot(weights.astype(x.dtype), x - first, 1)[None]
-            return first + mean, (x - first) - mean
-
-        (left, d), (right, e) = around(self.left), around(self.right)
+        (left, d), (right, e) = around_mean(self.left, roots), around_mean(self.right, roots)
         apart = replace(self, left=d, right=e)
         one_hot = weights[:, None, None] * jnp.eye(self.k, dtype=roots.dtype)
         terms = replace(apart, centre=Centre(roots, left, right, jnp.zeros(()))).terms()
@@ -193,8 +186,8 @@ class Outer:
         # (dδ + a₀e)² term by term; Σ w (dδ + a₀e) = Σ w · shift, so that the cross term with it is twice its square.
         terms, weights = self.terms(), jnp.square(self.centre.roots)
         (d, first), (delta, e) = (jnp.split(x, 2, axis=3) for x in (terms.left, terms.right))
-        squares = self._sum_of_products(jnp.square(terms.left), _column(weights, 5) * jnp.square(terms.right))
-        crossed = 2 * self._sum_of_products(d * first, _column(weights, 5) * delta * e)
+        squares = self._sum_of_products(jnp.square(terms.left), column(weights, 5) * jnp.square(terms.right))
+        crossed = 2 * self._sum_of_products(d * first, column(weights, 5) * delta * e)
         centred = squares + crossed - jnp.sum(weights) * jnp.sum(jnp.square(self.centre.shift), axis=0)
         kept = jnp.all(_remain(centred, squares))
         return jax.lax.cond(kept, lambda: centred, self._squares_of_rows)
@@ -211,12 +204,11 @@ class Outer:
 
     def lengths(self) -> Array:
         """√squares, for rows of any size."""
-        unit = lambda x, size: x / jnp.where(size > 0, size, 1)  # noqa: E731
         left, right, centre = self.left, self.right, self.centre
         if centre is None:
             # Of each example by itself first: what is large in one factor may be small in the other.
             size = jnp.max(jnp.abs(left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
-            left, right = unit(left, size), right * size
+            left, right = _unit(left, size), right * size
             inside, out = _largest(left), _largest(right)
         else:
             inside = jnp.maximum(_largest(left), _largest(centre.left))
@@ -224,14 +216,13 @@ class Outer:
         frame = self.layout.leaf(inside[:, :, None] * out[:, None, :])
         if centre is not None:
             roots, first, other, shift = centre
-            centre = Centre(roots, unit(first, inside[:, None]), unit(other, out[:, None]), unit(shift, frame))
-        scaled = replace(self, left=unit(left, inside[:, None]), right=unit(right, out[:, None]), centre=centre)
+            centre = Centre(roots, _unit(first, inside[:, None]), _unit(other, out[:, None]), _unit(shift, frame))
+        scaled = replace(self, left=_unit(left, inside[:, None]), right=_unit(right, out[:, None]), centre=centre)
         return frame * _tree.root(scaled.squares())
 
     def weighted(self, roots: Array) -> "Outer":
         """Rows times roots, (n,) or (n, k)."""
-        column = roots.reshape(*roots.shape, *(1,) * (5 - roots.ndim))
-        return replace(self, right=column.astype(self.right.dtype) * self.right)
+        return replace(self, right=column(roots, 5).astype(self.right.dtype) * self.right)
 
     def fits(self, other: "Outer") -> bool:
         """Whether the rows of both can be joined."""
@@ -261,7 +252,7 @@ class Outer:
         rows = self.layout.leaf(jnp.einsum("nkgti,nkgto->nkgio", *_paired(terms.left, terms.right)))
         rows = jnp.broadcast_to(rows, (rows.shape[0], self.k, *self.layout.shape))
         if self.centre is not None:
-            rows = _column(self.centre.roots, rows.ndim) * (rows - self.centre.shift)
+            rows = column(self.centre.roots, rows.ndim) * (rows - self.centre.shift)
         return rows.reshape(-1, *self.layout.shape)
 
     def _over_examples(self, f: Any) -> Array:
@@ -282,12 +273,13 @@ class Outer:
         Not so if it is of `rank_one`, an outer product of the last axis of the leaf and the others, and that is one of
         the sides of the matrices too.
         """
-        rank_one = jnp.ndim(inverse) == 0 or (rank_one and self._last_axis_is_a_side())
-        if not rank_one or self._rows_are_cheaper():
+        one = jnp.ndim(inverse) == 0
+        if self._rows_are_cheaper() or not (one or (rank_one and self._last_axis_is_a_side())):
             return self._kernel_of_rows(inverse)
-        return self._in_units(jnp.broadcast_to(inverse, self.layout.shape))._kernel()
+        sides = (jnp.ones((), self.dtype), inverse) if one else self._sides(inverse)
+        return self._in_units(*sides, inverse)._kernel_of_factors()
 
-    def _kernel(self) -> Array:
+    def _kernel_of_factors(self) -> Array:
         whole = self.terms()
         kernel = whole._kernel_of_pairs if self.left.shape[3] > 1 else self._kernel_of_products
         if self.centre is None:
@@ -311,24 +303,26 @@ class Outer:
         constant = lambda x, axis: bool(np.all(x == np.take(x, [0], axis)))  # noqa: E731
         return any(constant(last, axis) and constant(others, 3 - axis) for axis in (1, 2))
 
-    def _in_units(self, table: Array) -> "Outer":
-        """The rows times a table of rank one on each of the matrices, ≥ 0; the left sides are then at most 1.
+    def _sides(self, table: Array) -> tuple[Array, Array]:
+        """(G, 1, I) of at most 1 and (G, 1, O), whose products are a table ≥ 0 of rank one on each of the matrices."""
+        matrices = self.layout.matrices(table)
+        inside, out = (jnp.max(matrices, axis=axis, initial=0.0)[:, None] for axis in (2, 1))
+        return _unit(inside, jnp.max(inside, axis=2, keepdims=True, initial=0.0)), out
+
+    def _in_units(self, inside: Array, out: Array, product: Array) -> "Outer":
+        """The rows times inside ⊗ out, which is `product`; the left sides are then at most 1.
 
         For the squares of either side may leave the floats where those of the rows do not.
         """
-        unit = lambda x: jnp.where(x > 0, x, 1)  # noqa: E731
-        matrices, sides = self.layout.matrices(table), [self.left] + ([self.centre.left] if self.centre else [])
-        inside = jnp.max(matrices, axis=2, initial=0.0)[:, None]  # (G, 1, I)
-        inside = inside / unit(jnp.max(inside, axis=2, keepdims=True, initial=0.0))
-        size = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), axis=(0, 1, 3, 4), initial=0.0) for x in sides])
-        size = unit(size)[:, None, None]
-        out = jnp.max(matrices, axis=1, initial=0.0)[:, None] * size
-        times_left, times_right = (lambda x: x / size * inside), (lambda x: x * out)
-        scaled = replace(self, left=times_left(self.left), right=times_right(self.right))
+        sides = [self.left] if self.centre is None else [self.left, self.centre.left]
+        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), axis=(0, 1, 3, 4), initial=0.0) for x in sides])
+        size = largest[:, None, None]
+        on_left, on_right = (lambda x: _unit(x, size) * inside), (lambda x: x * (out * jnp.where(size > 0, size, 1)))
+        scaled = replace(self, left=on_left(self.left), right=on_right(self.right))
         if self.centre is None:
             return scaled
         roots, left, right, shift = self.centre
-        return replace(scaled, centre=Centre(roots, times_left(left), times_right(right), shift * table))
+        return replace(scaled, centre=Centre(roots, on_left(left), on_right(right), shift * product))
 
     def _centred_kernel(self, kernel: Array) -> Array:
         """That of rows without their mean, times roots, from that of rows with any common part."""
@@ -418,7 +412,7 @@ class Outer:
             if self.centre is not None:
                 shift = jax.vmap(self.layout.matrices)(self.centre.shift)
                 rows = rows - jax.lax.dynamic_slice_in_dim(shift, start, size, axis=2)
-                rows = _column(self.centre.roots, rows.ndim) * rows
+                rows = column(self.centre.roots, rows.ndim) * rows
             rows = (rows * jax.lax.dynamic_slice_in_dim(inverse, start, size, axis=1)).reshape(n, -1)
             return jax.lax.dot_general(rows, rows, (((1,), (1,)), ((), ())))
 
@@ -442,8 +436,21 @@ def _largest(x: Array) -> Array:
     return jnp.max(jnp.abs(x), axis=(0, 1, 3), initial=0.0)
 
 
-def _column(roots: Array, ndim: int) -> Array:
-    return roots.reshape(-1, *(1,) * (ndim - 1))
+def column(roots: Array, ndim: int) -> Array:
+    """(n,) or (n, k), ready to multiply (n, k, …)."""
+    return roots.reshape(*roots.shape, *(1,) * (ndim - roots.ndim))
+
+
+def around_mean(x: Array, roots: Array) -> tuple[Array, Array]:
+    """The mean over the leading axis with weights roots², and the differences to it: of equal numbers exactly 0."""
+    weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
+    first = jax.lax.dynamic_index_in_dim(x, jnp.argmax(roots), keepdims=True)
+    mean = jnp.tensordot(weights.astype(x.dtype), x - first, 1)[None]
+    return first + mean, (x - first) - mean
+
+
+def _unit(x: Array, size: Array) -> Array:
+    return x / jnp.where(size > 0, size, 1)
 
 
 jax.tree_util.register_dataclass(Outer, data_fields=["left", "right", "centre"], meta_fields=["layout", "k"])
