@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from layer_cases import CASES, LAYERS, X, mlp
 
 from natgrad_jax import damping, layers, metrics, solvers
-from natgrad_jax.operators import Gram, Outer, Picked, Pieces, add, scale
+from natgrad_jax.operators import Gram, Outer, Picked, Pieces, add, kernels, scale
 
 WIDE = [np.random.default_rng(3).normal(size=shape) / 4 for shape in ((20, 30), (30,), (30, 2), (2,))]
 TOL = {np.dtype("float32"): 2e-5, np.dtype("float64"): 1e-11}
@@ -116,7 +116,7 @@ def layered_units(shape, rng, dtype):
 def test_layered_damping_makes_no_rows(monkeypatch, dtype):
     """Of a weight on either side of a product, and of its transpose."""
     monkeypatch.setattr(Outer, "explicit", None)
-    monkeypatch.setattr(Outer, "_kernel_of_rows", None)
+    monkeypatch.setattr(kernels, "_of_rows", None)
     for name in ("dense layers", "transposed", "on the left"):
         case = CASES[name]
         params, batch = typed(case.params, dtype), typed(case.batch, dtype)
@@ -464,7 +464,7 @@ def test_rows_of_any_size(size, dtype):
         outer = Outer(left.astype(dtype), right.astype(dtype), rows.layout, 1)
         for form in (outer, outer.centred(jnp.asarray([0.6, 0.5, 0.4], dtype))):
             made = np.asarray(form.explicit(), float).reshape(3, -1) * float(unit)
-            assert error(form.kernel(unit), made @ made.T) < 100 * eps(dtype)
+            assert error(Gram(form).kernel(unit), made @ made.T) < 100 * eps(dtype)
 
 
 def test_a_report_names_what_was_found():

@@ -12,7 +12,7 @@ from jax import Array
 
 from natgrad_jax import _tree
 from natgrad_jax._tree import PyTree, Space, accumulator, leading_axis, real_dtype
-from natgrad_jax.operators import shared
+from natgrad_jax.operators import kernels, shared
 from natgrad_jax.operators.pieces import explicit, is_outer
 from natgrad_jax.operators.shared import Product
 
@@ -247,24 +247,10 @@ class Gram:
         `inverse` is (p,), or one number, with which rows that are outer products are not made; nor are they if it is
         of `rank_one` on each leaf, an outer product of its last axis and the others.
         """
-        n, size, dtype = self.n, _chunk(self.n), self.space.dtype
-
-        def of_columns(columns: Array, factor: Array) -> Array:
-            def part(start: Array | int, size: int) -> Array:
-                taken = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1).astype(dtype)
-                scaled = taken * jax.lax.dynamic_slice_in_dim(factor, start, size)
-                # Not `@`, which may copy the transpose.
-                return jax.lax.dot_general(scaled, scaled.conj(), (((1,), (1,)), ((), ())))
-
-            return _tree.sum_of_parts(part, factor.size, min(size, factor.size))
-
-        total = jnp.zeros((n, n), dtype)
-        leaves = jax.tree.leaves(self.rows, is_leaf=is_outer)
-        factors = jax.tree.leaves(self.space.unravel(inverse)) if jnp.ndim(inverse) else [inverse] * len(leaves)
-        pairs = [(x, factor) for x, factor in zip(leaves, factors, strict=True) if math.prod(x.shape)]
-        for x, factor in _small_ones_joined(pairs, size):
-            total = total + (x.kernel(factor, rank_one) if is_outer(x) else of_columns(x, factor))
-        return total
+        leaves, n = jax.tree.leaves(self.rows, is_leaf=is_outer), self.n
+        units = jax.tree.leaves(self.space.unravel(inverse)) if jnp.ndim(inverse) else [inverse] * len(leaves)
+        parts = [kernels.Part(rows, unit, rank_one) for rows, unit in zip(leaves, units, strict=True)]
+        return kernels.kernel(parts, n, self.space.dtype, _chunk(n))
 
     def scale(self) -> Array:
         """√G_ii, the lengths of the columns of A, as a flat vector; safe for rows of any size."""
@@ -373,29 +359,6 @@ def _each(f: Any, rows: PyTree, *rest: PyTree) -> PyTree:
 
 def _chunk(width: int) -> int:
     return max(CHUNK // max(width, 1), SHORTEST)
-
-
-def _small_ones_joined(pairs: list[tuple[Any, Array]], size: int) -> list[tuple[Any, Array]]:
-    """Rows and factors of each leaf, in columns; those of up to `size` columns in all side by side: one product."""
-    joined: list[tuple[Any, Array]] = []
-    small: list[tuple[Array, Array]] = []
-
-    def close() -> None:
-        if small:
-            columns, factors = zip(*small, strict=True)
-            joined.append((jnp.concatenate(columns, axis=1), jnp.concatenate(factors)) if small[1:] else small[0])
-            small.clear()
-
-    for x, factor in pairs:
-        if is_outer(x):
-            joined.append((x, factor))
-            continue
-        columns = jnp.reshape(x, (len(x), -1))
-        if sum(len(other) for _, other in small) + columns.shape[1] > size:
-            close()
-        small.append((columns, jnp.broadcast_to(jnp.ravel(factor), columns.shape[1:])))
-    close()
-    return joined
 
 
 def _joined(rows: PyTree, dtype: Any) -> Array:

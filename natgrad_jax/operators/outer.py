@@ -1,7 +1,7 @@
 """Rows that are sums of outer products, as the gradients of a weight are: kept as their factors."""
 
-import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -120,24 +120,27 @@ class Outer:
         roots = roots.astype(self.dtype)
         weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
         (left, d), (right, e) = around_mean(self.left, roots), around_mean(self.right, roots)
-        apart = replace(self, left=d, right=e)
+        apart = replace(self, left=d, right=e, centre=Centre(roots, left, right, jnp.zeros(())))
         one_hot = weights[:, None, None] * jnp.eye(self.k, dtype=roots.dtype)
-        terms = replace(apart, centre=Centre(roots, left, right, jnp.zeros(()))).terms()
-        shift = jax.vmap(lambda u: terms.transposed_times(u.reshape(-1)), in_axes=1)(one_hot)
+        shift = jax.vmap(lambda u: apart._summed(u, *apart.pairs()), in_axes=1)(one_hot)
         return replace(apart, centre=Centre(roots, left, right, shift))
 
+    def pairs(self) -> list[tuple[Array, Array]]:
+        """Factors whose outer products, summed over pairs and positions, are the rows before roots and shift.
+
+        Of a centred one d ⊗ (δ₀ + e) and a₀ ⊗ e, where a₀ is there once for all examples.
+        """
+        if self.centre is None:
+            return [(self.left, self.right)]
+        return [(self.left, self.centre.right + self.right), (self.centre.left, self.right)]
+
     def terms(self) -> "Outer":
-        """Without a centre: of a centred one, d ⊗ (δ₀ + e) + a₀ ⊗ e as twice the positions, before roots and shift."""
+        """The pairs as one without a centre: those of a centred one are twice the positions."""
         if self.centre is None:
             return self
-        _, left, right, _ = self.centre
-        first = jnp.broadcast_to(left, (len(self.left), *left.shape[1:]))
-        return replace(
-            self,
-            left=jnp.concatenate([self.left, first], axis=3),
-            right=jnp.concatenate([right + self.right, self.right], axis=3),
-            centre=None,
-        )
+        left, right = zip(*self.pairs(), strict=True)
+        first = jnp.broadcast_to(left[1], (len(self.left), *left[1].shape[1:]))
+        return replace(self, left=jnp.concatenate([left[0], first], 3), right=jnp.concatenate(right, 3), centre=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,53 +154,67 @@ class Outer:
 
     def times(self, v: Array) -> Array:
         """Av, shape (N,)."""
-        if self.centre is not None:
-            apart = self.terms().times(v).reshape(-1, self.k)
-            return (self.centre.roots[:, None] * (apart - jnp.tensordot(self.centre.shift, v, jnp.ndim(v)))).reshape(-1)
         matrices = self.layout.matrices(v)
-        if self.left.shape[1] <= self.right.shape[1]:
-            seen = jnp.einsum("nkgti,gio->nkgto", self.left, matrices)
-            product = jnp.sum(seen * self.right, axis=(2, 3, 4))
-        else:
-            seen = jnp.einsum("nkgto,gio->nkgti", self.right, matrices)
-            product = jnp.sum(seen * self.left, axis=(2, 3, 4))
-        return jnp.broadcast_to(product, (product.shape[0], self.k)).reshape(-1)
+
+        def seen(left: Array, right: Array) -> Array:
+            if left.shape[1] <= right.shape[1]:
+                return jnp.sum(jnp.einsum("nkgti,gio->nkgto", left, matrices) * right, axis=(2, 3, 4))
+            return jnp.sum(jnp.einsum("nkgto,gio->nkgti", right, matrices) * left, axis=(2, 3, 4))
+
+        product = sum(seen(*pair) for pair in self.pairs())
+        product = jnp.broadcast_to(product, (len(self.left), self.k))
+        if self.centre is not None:
+            roots, _, _, shift = self.centre
+            product = roots[:, None] * (product - jnp.tensordot(shift, v, jnp.ndim(v)))
+        return product.reshape(-1)
 
     def transposed_times(self, u: Array) -> Array:
         """Aᵀu, shaped like the leaf."""
         u = u.reshape(-1, self.k)
-        if self.centre is not None:
-            u = self.centre.roots[:, None] * u
-            return self.terms().transposed_times(u) - jnp.tensordot(jnp.sum(u, axis=0), self.centre.shift, 1)
-        left, right = self.left, self.right
-        weights = u[:, :, None, None, None]
-        if left.shape[1] == 1:
-            right = jnp.sum(weights * right, axis=1, keepdims=True)
-        else:
-            left = jnp.sum(weights * left, axis=1, keepdims=True) if right.shape[1] == 1 else weights * left
-        return self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
+        if self.centre is None:
+            return self._summed(u, *self.pairs())
+        u = self.centre.roots[:, None] * u
+        return self._summed(u, *self.pairs()) - jnp.tensordot(jnp.sum(u, axis=0), self.centre.shift, 1)
 
     def squares(self) -> Array:
         """Σ over the rows of their squares, (*leaf,): the diagonal of AᵀA."""
         if self.left.shape[3] > 1:
             return self._squares_of_rows()
+        repeated = self.k if self.left.shape[1] == self.right.shape[1] == 1 else 1
+        n = len(self.left)
         if self.centre is None:
-            return self._sum_of_products(jnp.square(self.left), jnp.square(self.right))
+            ones = jnp.ones((n, 1), self.dtype)
+            return repeated * self._summed(ones, (jnp.square(self.left), jnp.square(self.right)))
         # (dδ + a₀e)² term by term; Σ w (dδ + a₀e) = Σ w · shift, so that the cross term with it is twice its square.
-        terms, weights = self.terms(), jnp.square(self.centre.roots)
-        (d, first), (delta, e) = (jnp.split(x, 2, axis=3) for x in (terms.left, terms.right))
-        squares = self._sum_of_products(jnp.square(terms.left), column(weights, 5) * jnp.square(terms.right))
-        crossed = 2 * self._sum_of_products(d * first, column(weights, 5) * delta * e)
-        centred = squares + crossed - jnp.sum(weights) * jnp.sum(jnp.square(self.centre.shift), axis=0)
-        kept = jnp.all(_remain(centred, squares))
+        (d, delta), (first, e) = self.pairs()
+        weights = repeated * jnp.square(self.centre.roots)[:, None]
+        squares = self._summed(weights, *((jnp.square(x), jnp.square(y)) for x, y in self.pairs()))
+        crossed = 2 * self._summed(weights, (d * first, delta * e))
+        common = jnp.sum(jnp.square(self.centre.roots)) * jnp.sum(jnp.square(self.centre.shift), axis=0)
+        centred = squares + crossed - common
+        kept = jnp.all(remain(centred, squares))
         return jax.lax.cond(kept, lambda: centred, self._squares_of_rows)
 
-    def _sum_of_products(self, left: Array, right: Array) -> Array:
-        """Σ over rows and positions of left ⊗ right, shaped like the leaf."""
+    def _summed(self, u: Array, *pairs: tuple[Array, Array]) -> Array:
+        """Σ u[i, j] left[i, j, g, t, :] ⊗ right[i, j, g, t, :] over the pairs, shaped like the leaf.
+
+        One product for all pairs, of which one with a left side for all examples is one row more: a product, a sum over
+        rows and an outer product in one, XLA for CPUs (jaxlib 0.10) has returned memory that nobody wrote.
+        """
+
+        def weighted(left: Array, right: Array) -> tuple[Array, Array]:
+            if len(left) < len(right):
+                shape = (len(right), max(u.shape[1], right.shape[1]))
+                every = jnp.broadcast_to(right, (*shape, *right.shape[2:]))
+                return left, jnp.einsum("nk,nkgto->kgto", jnp.broadcast_to(u, shape), every)[None]
+            weights = column(u, 5)
+            on_left = len(pairs) == 1 and left.shape[1] > right.shape[1]
+            return (weights * left, right) if on_left else (left, weights * right)
+
+        left, right = map(_stacked, zip(*(weighted(*pair) for pair in pairs), strict=True))
         if left.shape[1] != right.shape[1]:
-            left, right = jnp.sum(left, axis=1, keepdims=True), jnp.sum(right, axis=1, keepdims=True)
-        repeated = self.k if self.left.shape[1] == self.right.shape[1] == 1 else 1
-        return repeated * self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
+            left, right = (jnp.sum(x, axis=1, keepdims=True) for x in (left, right))
+        return self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
 
     def _squares_of_rows(self) -> Array:
         return self._over_examples(lambda rows: jnp.sum(jnp.square(rows), axis=0))
@@ -208,7 +225,7 @@ class Outer:
         if centre is None:
             # Of each example by itself first: what is large in one factor may be small in the other.
             size = jnp.max(jnp.abs(left), axis=(1, 2, 3, 4), keepdims=True, initial=0.0)
-            left, right = _unit(left, size), right * size
+            left, right = unit(left, size), right * size
             inside, out = _largest(left), _largest(right)
         else:
             inside = jnp.maximum(_largest(left), _largest(centre.left))
@@ -216,8 +233,8 @@ class Outer:
         frame = self.layout.leaf(inside[:, :, None] * out[:, None, :])
         if centre is not None:
             roots, first, other, shift = centre
-            centre = Centre(roots, _unit(first, inside[:, None]), _unit(other, out[:, None]), _unit(shift, frame))
-        scaled = replace(self, left=_unit(left, inside[:, None]), right=_unit(right, out[:, None]), centre=centre)
+            centre = Centre(roots, unit(first, inside[:, None]), unit(other, out[:, None]), unit(shift, frame))
+        scaled = replace(self, left=unit(left, inside[:, None]), right=unit(right, out[:, None]), centre=centre)
         return frame * _tree.root(scaled.squares())
 
     def weighted(self, roots: Array) -> "Outer":
@@ -248,12 +265,18 @@ class Outer:
 
     def explicit(self) -> Array:
         """The rows, (N, *leaf)."""
-        terms = self.terms()
-        rows = self.layout.leaf(jnp.einsum("nkgti,nkgto->nkgio", *_paired(terms.left, terms.right)))
+        rows = self.layout.leaf(self.made())
         rows = jnp.broadcast_to(rows, (rows.shape[0], self.k, *self.layout.shape))
         if self.centre is not None:
             rows = column(self.centre.roots, rows.ndim) * (rows - self.centre.shift)
         return rows.reshape(-1, *self.layout.shape)
+
+    def made(self) -> Array:
+        """The rows before roots and shift, (n, k or 1, G, I, O)."""
+        if self.left.shape[3] == 1:
+            return sum(left[..., 0, :, None] * right[..., 0, None, :] for left, right in self.pairs())  # type: ignore[return-value]
+        terms = self.terms()
+        return jnp.einsum("nkgti,nkgto->nkgio", *paired(terms.left, terms.right))
 
     def _over_examples(self, f: Any) -> Array:
         """Σ f(rows) over the examples, a few at a time."""
@@ -267,168 +290,20 @@ class Outer:
 
         return _tree.chunked_sum(part, (self.left, self.right, roots), min(size, self.left.shape[0]))
 
-    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
-        """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf, which takes explicit rows.
 
-        Not so if it is of `rank_one`, an outer product of the last axis of the leaf and the others, and that is one of
-        the sides of the matrices too.
-        """
-        one = jnp.ndim(inverse) == 0
-        if self._rows_are_cheaper() or not (one or (rank_one and self._last_axis_is_a_side())):
-            return self._kernel_of_rows(inverse)
-        sides = (jnp.ones((), self.dtype), inverse) if one else self._sides(inverse)
-        return self._in_units(*sides, inverse)._kernel_of_factors()
-
-    def _kernel_of_factors(self) -> Array:
-        whole = self.terms()
-        kernel = whole._kernel_of_pairs if self.left.shape[3] > 1 else self._kernel_of_products
-        if self.centre is None:
-            return kernel()
-        # The trace alone says whether digits are left, so that only one of the two kernels is made.
-        weights, shift = jnp.square(self.centre.roots), self.centre.shift
-        trace = weights @ jnp.sum(whole._squared_rows(), axis=1) - jnp.sum(weights) * jnp.sum(jnp.square(shift))
-        return jax.lax.cond(
-            _remain(trace, weights @ jnp.sum(whole._squared_terms(), axis=1)),
-            lambda: self._centred_kernel(kernel()),
-            lambda: self._kernel_of_rows(jnp.ones((), self.dtype)),
-        )
-
-    def _last_axis_is_a_side(self) -> bool:
-        """Whether the last axis of the leaf is one side of the matrices, and the other axes are the other side."""
-        shape = self.layout.shape
-        if len(shape) < 2:
-            return False
-        last, others = np.divmod(np.arange(math.prod(shape)).reshape(shape), shape[-1])[::-1]
-        last, others = self.layout.matrices(last), self.layout.matrices(others)
-        constant = lambda x, axis: bool(np.all(x == np.take(x, [0], axis)))  # noqa: E731
-        return any(constant(last, axis) and constant(others, 3 - axis) for axis in (1, 2))
-
-    def _sides(self, table: Array) -> tuple[Array, Array]:
-        """(G, 1, I) of at most 1 and (G, 1, O), whose products are a table ≥ 0 of rank one on each of the matrices."""
-        matrices = self.layout.matrices(table)
-        inside, out = (jnp.max(matrices, axis=axis, initial=0.0)[:, None] for axis in (2, 1))
-        return _unit(inside, jnp.max(inside, axis=2, keepdims=True, initial=0.0)), out
-
-    def _in_units(self, inside: Array, out: Array, product: Array) -> "Outer":
-        """The rows times inside ⊗ out, which is `product`; the left sides are then at most 1.
-
-        For the squares of either side may leave the floats where those of the rows do not.
-        """
-        sides = [self.left] if self.centre is None else [self.left, self.centre.left]
-        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), axis=(0, 1, 3, 4), initial=0.0) for x in sides])
-        size = largest[:, None, None]
-        on_left, on_right = (lambda x: _unit(x, size) * inside), (lambda x: x * (out * jnp.where(size > 0, size, 1)))
-        scaled = replace(self, left=on_left(self.left), right=on_right(self.right))
-        if self.centre is None:
-            return scaled
-        roots, left, right, shift = self.centre
-        return replace(scaled, centre=Centre(roots, on_left(left), on_right(right), shift * product))
-
-    def _centred_kernel(self, kernel: Array) -> Array:
-        """That of rows without their mean, times roots, from that of rows with any common part."""
-        assert self.centre is not None
-        n, k, roots = len(self.left), self.k, self.centre.roots
-        weights, scale = jnp.square(roots) / jnp.sum(jnp.square(roots)), jnp.repeat(roots, k)
-        means = jnp.tensordot(weights, kernel.reshape(n, k, n * k), 1).reshape(1, k, n, k)
-        both = jnp.tensordot(means, weights, ((2,), (0,))).reshape(1, k, 1, k)
-        centred = kernel.reshape(n, k, n, k) - (means - both / 2) - jnp.transpose(means - both / 2, (2, 3, 0, 1))
-        return centred.reshape(n * k, -1) * scale * scale[:, None]
-
-    def _squared_rows(self) -> Array:
-        """Squared lengths of the rows, (n, k), without a centre."""
-        left, right = (jnp.einsum("nkgti,nkgsi->nkgts", x, x) for x in (self.left, self.right))
-        squares = jnp.sum(left * right, axis=(2, 3, 4))
-        return jnp.broadcast_to(squares, (len(squares), self.k))
-
-    def _squared_terms(self) -> Array:
-        """Squared lengths of the terms of the rows, (n, k), of which products of rows have the rounding."""
-        left, right = (jnp.sum(jnp.square(x), axis=4) for x in (self.left, self.right))
-        squares = jnp.sum(left * right, axis=(2, 3))
-        return jnp.broadcast_to(squares, (len(squares), self.k))
-
-    def _rows_are_cheaper(self) -> bool:
-        n, _, _, t, i = self.left.shape
-        o, rows, terms = self.right.shape[-1], n * self.k, t if self.centre is None else 2 * t
-        return t > 1 and (rows + terms) * i * o < rows * terms * terms * (i + o)
-
-    def _kernel_of_products(self) -> Array:
-        """Σ_g (left leftᵀ)∘(right rightᵀ), with a centre before roots and shift."""
-        n, k = len(self.left), self.k
-
-        def gram(x: Array) -> Array:
-            """(n, k, n, k)."""
-            flat = x.reshape(-1, x.shape[-1])
-            product = jax.lax.dot_general(flat, flat, (((1,), (1,)), ((), ())))
-            return jnp.broadcast_to(product.reshape(*x.shape[:2], *x.shape[:2]), (len(x), k, len(x), k))
-
-        def one(left: Array, right: Array) -> Array:
-            inside, out = gram(left), gram(right)
-            if self.centre is None:
-                return (inside * out).reshape(n * k, -1)
-            # ⟨dδ + a₀e, d'δ' + a₀e'⟩ = ee'(aa') + dd'(δδ' − ee') + (da₀)(δ₀e') + (a₀d')(eδ₀), products of differences
-            # throughout; the last row and column of either table are those with a₀ and δ₀.
-            d, p, alpha = inside[:-1, :, :-1], inside[:-1, :, -1:], inside[-1:, :, -1:]
-            e, q, beta = out[:-1, :, :-1], out[:-1, :, -1:], out[-1:, :, -1:]
-            p_, q_ = inside[-1:, :, :-1], out[-1:, :, :-1]
-            return (e * (d + p + p_ + alpha) + d * (q + q_ + beta) + p * q_ + p_ * q).reshape(n * k, -1)
-
-        left, right = self.left, self.right
-        if self.centre is not None:
-            left = jnp.concatenate([left, self.centre.left])
-            right = jnp.concatenate([right, self.centre.right])
-        left, right = (jnp.moveaxis(x[:, :, :, 0], 2, 0) for x in (left, right))
-        if len(left) == 1:
-            return one(left[0], right[0])
-        zero = jnp.zeros((n * k, n * k), self.dtype)
-        return jax.lax.scan(lambda sum, pair: (sum + one(*pair), None), zero, (left, right))[0]
-
-    def _kernel_of_pairs(self) -> Array:
-        """Σ over pairs of positions, for a few examples at a time."""
-        n, t = len(self.left), self.left.shape[3]
-        left, right = _paired(self.left, self.right)
-        k = left.shape[1]
-
-        def block(pair: tuple[Array, Array]) -> Array:
-            """One example against all."""
-            one, other = (jnp.einsum("kgti,nlgsi->kgtnls", x, y) for x, y in zip(pair, (left, right), strict=True))
-            return jnp.sum(one * other, axis=(1, 2, 5))
-
-        size = max(BLOCK // max(n * k * k * t * t * left.shape[2], 1), 1)
-        kernel = jax.lax.map(block, (left, right), batch_size=min(size, n))
-        return jnp.broadcast_to(kernel, (n, self.k, n, self.k)).reshape(n * self.k, -1)
-
-    def _kernel_of_rows(self, inverse: Array) -> Array:
-        """From explicit rows, a part of the leaf at a time."""
-        n, p = self.shape[0], math.prod(self.layout.shape)
-        g, i, o = self.left.shape[2], self.left.shape[4], self.right.shape[4]
-        inverse = self.layout.matrices(jnp.broadcast_to(inverse, self.layout.shape)).reshape(g, i, o)
-        terms = self.terms()
-        left, right = _paired(terms.left, terms.right)
-
-        def part(start: Array | int, size: int) -> Array:
-            taken = jax.lax.dynamic_slice_in_dim(left, start, size, axis=4)
-            rows = jnp.einsum("nkgti,nkgto->nkgio", taken, right)
-            rows = jnp.broadcast_to(rows, (rows.shape[0], self.k, *rows.shape[2:]))
-            if self.centre is not None:
-                shift = jax.vmap(self.layout.matrices)(self.centre.shift)
-                rows = rows - jax.lax.dynamic_slice_in_dim(shift, start, size, axis=2)
-                rows = column(self.centre.roots, rows.ndim) * rows
-            rows = (rows * jax.lax.dynamic_slice_in_dim(inverse, start, size, axis=1)).reshape(n, -1)
-            return jax.lax.dot_general(rows, rows, (((1,), (1,)), ((), ())))
-
-        size = min(max(BLOCK // max(n * p // i, 1), 1), i)
-        return _tree.sum_of_parts(part, i, size)
-
-
-def _remain(sum: Array, terms: Array) -> Array:
+def remain(sum: Array, terms: Array) -> Array:
     """Whether a sum has kept most of its digits, from the size of its terms: then rows need not be made for it."""
     return sum >= jnp.finfo(terms.dtype).eps ** LOST * terms
 
 
-def _paired(left: Array, right: Array) -> tuple[Array, Array]:
+def paired(left: Array, right: Array) -> tuple[Array, Array]:
     """Both with the same number of outputs."""
     k = max(left.shape[1], right.shape[1])
     return tuple(jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:])) for x in (left, right))  # type: ignore[return-value]
+
+
+def _stacked(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _largest(x: Array) -> Array:
@@ -449,7 +324,8 @@ def around_mean(x: Array, roots: Array) -> tuple[Array, Array]:
     return first + mean, (x - first) - mean
 
 
-def _unit(x: Array, size: Array) -> Array:
+def unit(x: Array, size: Array) -> Array:
+    """x / size, and x where size is 0."""
     return x / jnp.where(size > 0, size, 1)
 
 

@@ -76,7 +76,7 @@ class Picked:
         """The rows, (N, *leaf)."""
         return self.layout.leaf(self._rows(self.right)).reshape(self.shape)
 
-    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
+    def kernel(self, inverse: Array) -> Array:
         """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf."""
         units = self._seen(inverse)[:, None] if jnp.ndim(inverse) else inverse
         right, (n, k, g, t, o) = self.right * units, self.right.shape

@@ -52,7 +52,7 @@ class Pieces:
 
     def times(self, v: Array) -> Array:
         """Av, shape (N,)."""
-        return sum(part.times(x) for part, x in self._each(v))  # type: ignore[return-value]
+        return sum(part.times(x) for part, x in self.each(v))  # type: ignore[return-value]
 
     def transposed_times(self, u: Array) -> Array:
         """Aᵀu, shaped like the leaf."""
@@ -74,13 +74,8 @@ class Pieces:
         """The rows, (N, *leaf)."""
         return self.layout.leaf([part.explicit() for part in self.parts])
 
-    def kernel(self, inverse: Array, rank_one: bool = False) -> Array:
-        """(A∘inverse)(A∘inverse)ᵀ, (N, N); `inverse` one number, or shaped like the leaf."""
-        if not jnp.ndim(inverse):
-            return sum(part.kernel(inverse) for part in self.parts)  # type: ignore[return-value]
-        return sum(part.kernel(x) for part, x in self._each(inverse))  # type: ignore[return-value]
-
-    def _each(self, leaf: Array) -> list[tuple[OfPiece, Array]]:
+    def each(self, leaf: Array) -> list[tuple[OfPiece, Array]]:
+        """The rows of each piece, and what of a leaf belongs to it."""
         return [(part, window.matrices(leaf)) for part, window in zip(self.parts, self.layout.windows, strict=True)]
 
 
