@@ -250,10 +250,24 @@ def chunked_sum(f: Callable[[PyTree], PyTree], xs: PyTree, chunk_size: int | Non
     )
 
 
-def sum_of_parts(part: Callable[[Array | int, int], PyTree], n: int, size: int) -> PyTree:
-    """Σ part(start, length) over the stretches of `size` of 0 … n - 1, one after the other, and the shorter rest."""
+def sum_of_parts(part: Callable[[Array | int, int], PyTree], n: int, size: int, zero: PyTree | None = None) -> PyTree:
+    """Σ part(start, length) over the stretches of `size` of 0 … n - 1, one after the other, and the shorter rest.
+
+    The sum begins with `zero`, if it is given.
+    """
     whole, rest = divmod(n, size)
     step = jax.checkpoint(lambda i: part(i * size, size))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, 0))
+    if zero is None:
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, 0))
     total, _ = jax.lax.scan(lambda acc, i: (jax.tree.map(jnp.add, acc, step(i)), None), zero, jnp.arange(whole))
     return jax.tree.map(jnp.add, total, part(n - rest, rest)) if rest else total
+
+
+def map_parts(part: Callable[[Array | int, int], Array], n: int, size: int) -> Array:
+    """part(start, length) of the stretches of `size` of 0 … n - 1 and of the shorter rest, along the leading axis."""
+    whole, rest = divmod(n, size)
+    if whole == 1 and not rest:
+        return part(0, size)
+    parts = jax.lax.map(lambda i: part(i * size, size), jnp.arange(whole))
+    parts = parts.reshape(-1, *parts.shape[2:])
+    return jnp.concatenate([parts, part(n - rest, rest)]) if rest else parts

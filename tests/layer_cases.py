@@ -38,6 +38,7 @@ def mlp(layers, x):
 
 LAYERS = [(normal(5, 7), normal(7)), (normal(7, 6), normal(6)), (normal(6, 2), normal(2))]
 X = normal(4, 5)
+BIASED = [normal(5, 7), normal(7)]
 
 
 def through_calls(layers, x):
@@ -173,7 +174,7 @@ def normalised(params, x):
 
 def in_linen():
     model = nn.Sequential([nn.Dense(6), jnp.tanh, nn.Dense(3)])
-    return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
+    return Case(model.apply, model.init(jax.random.key(0), X), X, [True] * 4)
 
 
 def in_nnx():
@@ -185,18 +186,18 @@ def in_nnx():
             return self.second(jax.nn.relu(self.first(x)))
 
     graph, state = nnx.split(Network(nnx.Rngs(0)), nnx.Param)
-    return Case(lambda state, x: nnx.merge(graph, state)(x), state, X, [False, True, False, True])
+    return Case(lambda state, x: nnx.merge(graph, state)(x), state, X, [True] * 4)
 
 
 def in_equinox():
     network = eqx.nn.MLP(5, 3, 6, 1, key=jax.random.key(0))
     params, static = eqx.partition(network, eqx.is_array)
-    return Case(lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, X, [True, False, True, False])
+    return Case(lambda params, x: jax.vmap(eqx.combine(params, static))(x), params, X, [True] * 4)
 
 
 def in_haiku():
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 3])(x)))
-    return Case(model.apply, model.init(jax.random.key(0), X), X, [False, True, False, True])
+    return Case(model.apply, model.init(jax.random.key(0), X), X, [True] * 4)
 
 
 WORDS = {"e": normal(12, 3), "w": normal(3, 2)}
@@ -235,11 +236,52 @@ def in_equinox_embedding():
 
 
 CASES = {
-    "dense layers": Case(mlp, LAYERS, X, [True, False] * 3),
+    "dense layers": Case(mlp, LAYERS, X, [True] * 6),
     "transposed": Case(lambda p, x: jnp.tanh(x @ p[0].T) @ p[1].T, [normal(7, 5), normal(2, 7)], X, [True, True]),
-    "jit and remat": Case(through_calls, LAYERS, X, [True, False] * 3),
+    "jit and remat": Case(through_calls, LAYERS, X, [True] * 6),
     "tied to its transpose": Case(lambda w, x: jnp.tanh(x @ w) @ w.T, normal(5, 7), X, [True]),
     "twice": Case(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), normal(5, 5), X, [True]),
+    "a bias in front": Case(lambda p, x: jnp.tanh(p[1] + x @ p[0]), BIASED, X, [True, True]),
+    "a bias times a number": Case(
+        lambda p, x: jnp.tanh(jnp.sum(x) * p[1] + 2 * (x @ p[0])) + (x @ (3 * p[2]) + p[3]),
+        [*BIASED, normal(5, 7), normal(7)], X, [True, False, True, True],
+    ),
+    "half of a bias": Case(lambda p, x: jnp.tanh(x @ p[0] + 0.5 * p[1]), BIASED, X, [True, True]),
+    "a bias of two layers": Case(lambda p, x: jnp.tanh(jnp.tanh(x @ p[0] + p[1]) @ p[2] + p[1]),
+                                 [*BIASED, normal(7, 7)], X, [True, False, True]),
+    "a bias and more": Case(lambda p, x: jnp.tanh(x @ p[0] + p[1]) * p[1], BIASED, X, [True, False]),
+    "a bias twice": Case(lambda p, x: jnp.tanh(x @ p[0] + p[1] + p[1]), BIASED, X, [True, False]),
+    "a product that is also used": Case(lambda p, x: (lambda y: jnp.tanh(y + p[1]) * y)(x @ p[0]), BIASED, X,
+                                        [True, False]),
+    "a product that is also put out": Case(lambda p, x: (lambda y: (jnp.tanh(y + p[1]), y))(x @ p[0]), BIASED, X,
+                                           [True, False]),
+    "a product that is also used inside": Case(
+        lambda p, x: (lambda y: jax.jit(lambda y: jnp.tanh(y + p[1]) + y)(y))(x @ p[0]), BIASED, X, [True, False]),
+    "a product put out by a call": Case(
+        lambda p, x: jnp.tanh(jax.jit(lambda x, w: jnp.einsum("bi,io->bo", x, w))(x, p[0])[:, None] + p[1])[:, 0],
+        BIASED, X, [True, True]),
+    "weights of two uses": Case(lambda p, x: jnp.tanh(jnp.tanh(x @ p[0] + p[1]) @ p[0] + p[2]),
+                                [normal(5, 5), normal(5), normal(5)], X, [True, False, False]),
+    "a bias of heads": Case(lambda p, x: jnp.tanh(jnp.einsum("bhi,hio->bho", x, p[0]) + p[1]),
+                            [normal(3, 5, 2), normal(3, 2)], normal(4, 3, 5), [True, True]),
+    "a bias of heads turned": Case(
+        lambda p, x: jnp.tanh(jnp.swapaxes(jnp.einsum("bi,iho->bho", x, p[0]), 1, 2) + p[1]),
+        [normal(5, 3, 2), normal(2, 3)], X, [True, False]),
+    "a bias of one number": Case(lambda p, x: jnp.tanh(x @ p[0] + p[1]), [normal(5, 7), normal()], X, [True, False]),
+    "a bias within a loop": Case(
+        lambda p, x: jax.lax.scan(lambda c, q: (jnp.tanh(c @ q[0] + 2 * q[1] + p[2]), None), x, p[:2])[0],
+        [normal(3, 5, 5), normal(3, 5), normal(5)], X, [True, True, False]),
+    "a bias closed over": Case(
+        lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w + p[1]), None), x, p[0])[0],
+        [normal(3, 5, 5), normal(5)], X, [True, False]),
+    "a product put out by a loop": Case(
+        lambda p, x: (lambda c, ys: c + jnp.sum(ys, 0))(
+            *jax.lax.scan(lambda c, q: (lambda y: (jnp.tanh(y + q[1]), y))(c @ q[0]), x, p)),
+        [normal(3, 5, 5), normal(3, 5)], X, [True, False]),
+    "a bias of one position": Case(
+        lambda p, x: jnp.tanh(jax.lax.conv_general_dilated(
+            x, p[0], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2) + p[1]),
+        [normal(3, 2, 6), normal(6)], normal(4, 3, 4), [True, True]),
     "einsum over positions": Case(
         lambda p, x: jnp.sum(jnp.tanh(jnp.einsum("bti,io->bto", x, p["w"]) + p["b"]), axis=1),
         {"w": normal(5, 7), "b": normal(7)}, normal(4, 3, 5), [False, True],
@@ -313,7 +355,7 @@ CASES = {
         *from_flat((lambda p, x: FLAT[0](p["a"], x * p["b"]), {"a": FLAT[1], "b": normal(5)})), X, [True]),
     "cut by hand": Case(cut_by_hand, normal(95), X, [True]),
     "layers of a stack": Case(lambda p, x: mlp(list(zip(*p, strict=True)), x), [normal(3, 5, 5), normal(3, 5)], X,
-                              [True, False]),
+                              [True, True]),
     "columns": Case(lambda w, x: jnp.tanh(jnp.tanh(x @ w[:, :3]) @ w[:3, 3:7] @ jnp.split(w[:, 7:], 2, 1)[1][:4]),
                     normal(5, 11), X, [True]),
     "unstacked": Case(lambda w, x: jnp.tanh(x @ w[:, 0]) @ jnp.unstack(w[:, 1:], axis=1)[1].T, normal(5, 3, 7), X,

@@ -10,7 +10,8 @@ from cases import cast, eps, error, named_mistakes
 from jax.flatten_util import ravel_pytree
 from layer_cases import CASES, LAYERS, X, mlp
 
-from natgrad_jax import damping, layers, metrics, solvers
+import natgrad_jax as ng
+from natgrad_jax import _tree, damping, layers, metrics, solvers
 from natgrad_jax.operators import Gram, Outer, Picked, Pieces, add, kernels, scale
 
 WIDE = [np.random.default_rng(3).normal(size=shape) / 4 for shape in ((20, 30), (30,), (30, 2), (2,))]
@@ -58,9 +59,16 @@ def test_centred_layer_rows_in_float32(name):
     check_rows_of(CASES[name], True, np.dtype("float32"))
 
 
-@pytest.mark.parametrize("name", ["recurrent", "convolution", "tied to its transpose", "a small table"])
-def test_rows_are_made_a_few_at_a_time(name, monkeypatch, float64):
+A_FEW = ["recurrent", "convolution", "tied to its transpose", "a small table", "dense layers", "a bias and more"]
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("name", A_FEW)
+def test_rows_and_tables_are_made_a_few_at_a_time(name, examples, monkeypatch, float64):
+    """Of four examples one, or three and the last."""
     monkeypatch.setattr("natgrad_jax.operators.outer.BLOCK", 60)
+    map_parts = _tree.map_parts
+    monkeypatch.setattr(_tree, "map_parts", lambda part, n, size: map_parts(part, n, examples))
     check_rows_of(CASES[name], name != "a small table", float64)
 
 
@@ -114,8 +122,10 @@ def layered_units(shape, rng, dtype):
 
 
 def test_layered_damping_makes_no_rows(monkeypatch, dtype):
-    """Of a weight on either side of a product, and of its transpose."""
-    monkeypatch.setattr(Outer, "explicit", None)
+    """Of a weight on either side of a product, and of its transpose; but of a bias."""
+    made = Outer.explicit
+    of_bias = lambda rows: made(rows) if rows.left.shape[3:] == (1, 1) else None
+    monkeypatch.setattr(Outer, "explicit", of_bias)
     monkeypatch.setattr(kernels, "_of_rows", None)
     for name in ("dense layers", "transposed", "on the left"):
         case = CASES[name]
@@ -189,7 +199,7 @@ def test_a_metric_is_the_same_from_either_rows(name, dtype):
     for rows in ("layers", "plain"):
         operator = jax.jit(metric_of(name, rows))(params, **data)
         held = [is_outer(x) for x in jax.tree.leaves(operator.rows, is_leaf=is_outer)]
-        assert held == ([True, False] * 3 if rows == "layers" else [False] * 6)
+        assert held == [rows == "layers"] * 6
         matrix, solutions = matrix_and_steps(operator, jnp.asarray(np.linspace(-1, 1, operator.n), dtype))
         assert all(bool(solution.converged) for solution in solutions)
         steps.append([solution.value for solution in solutions])
@@ -199,17 +209,37 @@ def test_a_metric_is_the_same_from_either_rows(name, dtype):
         assert error(layered, plain) < 100 * TOL[np.dtype(dtype)]
 
 
+def test_a_bias_shares_the_product_of_its_weight(monkeypatch, float64):
+    """One product of sensitivities for each layer, through the solver and through the optimizer."""
+    found, products = [], kernels._products
+    monkeypatch.setattr(kernels, "_products", lambda rows: found.append(rows.left.shape[-1]) or products(rows))
+    log_psi = lambda p, x: jnp.sum(mlp(p, x[None]))
+    params, x = cast(LAYERS, float64), jnp.asarray(X)
+    metric = metrics.quantum_geometric(log_psi, rows="layers")
+
+    @jax.jit
+    def solved(params, x):
+        return solvers.solve(metric(params, samples=x), params, solver=solvers.row_space(), damping=damping.trace(0.1))
+
+    solved(params, x)
+    assert found == [6, 8, 7]
+    found.clear()
+    rule = ng.natural_gradient(0.1, metric, damping=damping.trace(0.1))
+    jax.jit(lambda params, x: rule.update(params, rule.init(params), params, samples=x))(params, x)
+    assert found == [6, 8, 7]
+
+
 def test_auto_takes_layers_where_they_are_smaller(float64):
     """Shapes alone decide: rows of n·k < p numbers, and leaves whose factors are at most half of them."""
     wide = [(np.zeros((20, 30)), np.zeros(30)), (np.zeros((30, 2)), np.zeros(2))]
     metric = metrics.gauss_newton(lambda p, batch: mlp(p, batch[0]), metrics.losses.squares())
     quantum = metrics.quantum_geometric(lambda p, x: jnp.sum(mlp(p, x[None])))
-    for n, expected in ((10, [True, False, True, False]), (1000, [False] * 4)):
+    for n, expected in ((10, [True] * 4), (1000, [False] * 4)):
         batch = (jnp.zeros((n, 20)), jnp.zeros((n, 2)))
         rows = metric(wide, batch=batch).rows
         assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == expected
         rows = quantum(cast(wide, jnp.float32), samples=batch[0]).rows  # one output: 60 numbers are not twice 32
-        assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == [n == 10, False, False, False]
+        assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == [n == 10] * 2 + [False] * 2
 
 
 def test_rows_of_several_terms_stay_in_factors(dtype):
@@ -472,8 +502,8 @@ def test_a_report_names_what_was_found():
     lines = captured.report().splitlines()
     assert len(lines) == 7
     assert "[0][0][0] (5, 7): factors; dot_general of 1 × (5, 7) at 1" in lines[0]
-    assert "70 numbers in rows, 19 in factors" in lines[0] and "factors" not in lines[1]
-    assert "[0][0][1] (7,): rows; whole: add" in lines[1]
+    assert "70 numbers in rows, 19 in factors" in lines[0]
+    assert "[0][0][1] (7,): factors; a bias" in lines[1] and "14 numbers in rows, 1 in factors" in lines[1]
     assert "whole: integer_pow" in lines[6]
 
 

@@ -1,5 +1,6 @@
 """Rows of a Jacobian, in factors where that is cheaper: what `capture` and the metrics build from one walk."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from natgrad_jax.operators.outer import Layout, Outer, around_mean, column
 from natgrad_jax.operators.picked import Picked
 from natgrad_jax.operators.pieces import OfPiece, Pieces, is_outer, places_of
 
+FoundUse = tuple[Use, tuple[int, int, int, int]]
 OfOne = Callable[[PyTree, PyTree], PyTree]
 SAVED = 2  # a leaf is kept in factors if they are smaller than its rows by this
 
@@ -34,15 +36,17 @@ class Plan:
         uses: of all leaves, in the order of the walk, with G, T, I and O of each.
         outputs: of the products of these uses.
         refused: the pieces of leaves with a use that is not followed, and what it is.
+        added_to: of a bias, the route of the weight to whose product it is added, and whose sensitivities it has.
     """
 
     jaxpr: Any
     marks: list[Marks]
     leaves: list[jax.ShapeDtypeStruct]
     k: int
-    uses: list[tuple[Use, tuple[int, int, int, int]]]
+    uses: list[FoundUse]
     outputs: list[jax.ShapeDtypeStruct]
     refused: dict[Piece, str]
+    added_to: dict[Piece, Route]
 
     @classmethod
     def of(cls, f: OfOne, params: PyTree, x: PyTree) -> "Plan":
@@ -63,12 +67,13 @@ class Plan:
         tape = Tape()
 
         def first(*args: Array) -> tuple[list[Array], list[Any]]:
-            _, out_marks = walk.run(jaxpr.jaxpr, jaxpr.consts, args, marks, tape)
+            out, out_marks = walk.run(jaxpr.jaxpr, jaxpr.consts, args, marks, tape)
             tape.refuse(out_marks, "an output")
+            tape.read(out)
             return tape.others, tape.outputs
 
         others, outs = jax.eval_shape(first, *leaves, *points)
-        uses = []
+        uses: list[FoundUse] = []
         for use, other in zip(tape.uses, others, strict=True):
             moved = use.layout.steps[len(use.piece.steps) :]
             layout = Layout(_window(leaves, use.piece).shapes[-1], moved)
@@ -82,7 +87,8 @@ class Plan:
             uses.append((use, (g, t, i, o)))
             if t == 0:
                 tape.refused.setdefault(use.piece, "no position")
-        return cls(jaxpr, marks, leaves, jaxpr.out_avals[0].size, uses, outs, tape.refused)
+        added_to = _biases(uses, tape)
+        return cls(jaxpr, marks, leaves, jaxpr.out_avals[0].size, uses, outs, tape.refused, added_to)
 
     def pieces(self, leaf: int) -> list[Piece]:
         """What of a leaf is used, the whole of it mostly; nothing if that are pieces that overlap."""
@@ -102,7 +108,7 @@ class Plan:
         """Numbers that the rows of a piece hold for each example."""
         return self.k * math.prod(self.window(piece).shapes[-1])
 
-    def of_route(self, route: Route) -> list[tuple[Use, tuple[int, int, int, int]]]:
+    def of_route(self, route: Route) -> list[FoundUse]:
         """The uses of one piece, if all of its uses are followed; or those of it as a whole."""
         piece, whole = route
         return [] if piece in self.refused and not whole else [pair for pair in self.uses if pair[0].route == route]
@@ -112,6 +118,8 @@ class Plan:
         if self.orders((piece, False)) is None:
             return math.inf
         uses = self.of_route((piece, False))
+        if piece in self.added_to:
+            return uses[0][1][0]
         return sum(g * t * ((1 if use.picked else i) + self.k * o) for use, (g, t, i, o) in uses)
 
     def picked(self, piece: Piece) -> bool:
@@ -145,35 +153,33 @@ class Plan:
         """
         routes: list[Route] = []
         for leaf in range(len(self.leaves)):
-            of_leaf = [
-                (piece, (centred and self.picked(piece)) or not self._pays(piece, always))
-                for piece in self.pieces(leaf)
-            ]
+            of_leaf = [(piece, not self._kept(piece, always, centred)) for piece in self.pieces(leaf)]
             if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
                 routes += of_leaf
-        return frozenset(routes)
+        # A bias by itself where the leaf of its weight is cut into pieces that overlap.
+        return frozenset(route for route in routes if route[1] or self.added_to.get(route[0], route) in routes)
 
-    def _pays(self, piece: Piece, always: bool) -> bool:
+    def _kept(self, piece: Piece, always: bool, centred: bool) -> bool:
         numbers = self.factor_size(piece)
-        return math.isfinite(numbers) and (always or SAVED * numbers <= self.size(piece))
+        if not math.isfinite(numbers) or (centred and self.picked(piece)):
+            return False
+        if piece in self.added_to:
+            return self._kept(self.added_to[piece][0], always, centred)
+        return always or SAVED * numbers <= self.size(piece)
 
     def described(self, leaf: int) -> str:
         """The uses of a leaf, and what its rows and the kernel take in either form."""
         found, numbers, cost = [], 0.0, 0
         pieces, reasons = self.pieces(leaf), [why for piece, why in self.refused.items() if piece.leaf == leaf]
         for piece in pieces:
-            uses = self.of_route((piece, False))
+            uses, window = self.of_route((piece, False)), self.window(piece).shapes[-1]
             what = ", ".join(f"{use.where} of {g} × ({a}, {b}) at {t}" for use, (g, t, a, b) in uses)
-            found.append(what or f"whole: {self.refused[piece]}")
-            if piece.steps:
-                found[-1] = f"{self.window(piece).shapes[-1]} in {found[-1]}"
+            if piece in self.added_to:
+                what = "a bias, with the sensitivities of the product that it is added to"
+            found.append((f"{window} in " if piece.steps else "") + (what or f"whole: {self.refused[piece]}"))
             kept = math.isfinite(self.factor_size(piece))
             numbers += self.factor_size(piece) if kept else self.size(piece)
-            cost += (
-                sum(g * t * t * ((1 if use.picked else a) + b) for use, (g, t, a, b) in uses)
-                if kept
-                else self.size(piece) // self.k
-            )
+            cost += self._products(piece) if kept else self.size(piece) // self.k
         if not pieces:
             found = [f"whole: {reasons[0] if reasons else self._unseen(leaf)}"]
         line, size = ", ".join(found), math.prod(self.leaves[leaf].shape)
@@ -181,6 +187,13 @@ class Plan:
             line += f"; of an example {self.k * size} numbers in rows, {numbers:.0f} in factors"
             line += f"; of a kernel entry {size} products from rows, {cost} from factors"
         return line
+
+    def _products(self, piece: Piece) -> int:
+        """Of an entry of the kernel, from factors."""
+        if piece in self.added_to:
+            return 1
+        uses = self.of_route((piece, False))
+        return sum(g * t * t * ((1 if use.picked else a) + b) for use, (g, t, a, b) in uses)
 
     def _unseen(self, leaf: int) -> str:
         return "slices that overlap" if any(use.piece.leaf == leaf for use, _ in self.uses) else "no use"
@@ -200,6 +213,27 @@ def _cropped(use: Use, activation: Array, delta: Array) -> tuple[Array, Array]:
         return activation, delta
     g, i, o = (slice(*ends) for ends in use.box)
     return activation[:, g, :, i], delta[:, :, g, :, o]
+
+
+def _biases(uses: list[FoundUse], tape: Tape) -> dict[Piece, Route]:
+    """The pieces that are added to a product which serves for nothing else, at one position; other sums are refused."""
+    found: dict[Piece, Route] = {}
+    routes = [use.route for use, _ in uses]
+    for i, (use, _) in enumerate(uses):
+        if use.where != "add":
+            continue
+        place = 0 if use.added_to is None else use.added_to
+        weight, (g, t, _, o) = uses[place]
+        alone = use.added_to is not None and tape.reads[place] == 1
+        alone &= routes.count(use.route) == routes.count(weight.route) == 1
+        alone &= not {use.piece, weight.piece} & set(tape.refused)
+        if not alone or t > 1 or weight.box is not None or weight.where == "add" or weight.picked or weight.whole:
+            tape.refused.setdefault(use.piece, "add")
+            continue
+        layout = replace(use.layout, steps=(*use.layout.steps[:-1], ("reshape", (g, 1, o))))
+        uses[i] = (replace(use, layout=layout), (g, 1, 1, o))
+        found[use.piece] = weight.route
+    return found
 
 
 def _window(leaves: list[jax.ShapeDtypeStruct], piece: Piece) -> Layout:
@@ -277,12 +311,19 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
     built: dict[int, Any] = {}
     for i, gradient in zip(whole, gradients, strict=True):
         built[i] = _weighted(around_mean(gradient, roots)[1] if centred else gradient, roots)
-    parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
-    for route in followed:
+    of_routes: dict[Route, OfPiece] = {}
+    in_dtype = functools.cache(roots.astype)  # the same roots are known as such by their identity
+    for route in sorted(followed, key=lambda route: route[0] in plan.added_to and not route[1]):  # biases at the end
         places = [j for j, (_, use) in enumerate(kept) if use.route == route]
         pairs = [(x[:, None], delta) for x, delta in (factors[j] for j in places)]
-        outer = _outer(plan, route, kept[places[0]][1].layout, pairs, roots, centred)
-        piece, _ = route
+        layout, weight = kept[places[0]][1].layout, plan.added_to.get(route[0])
+        if weight is None or route[1]:
+            of_routes[route] = _outer(plan, route, layout, pairs, in_dtype, centred)
+        else:
+            left = jnp.repeat(pairs[0][0], layout.shapes[-1][0] // pairs[0][0].shape[2], axis=2)
+            of_routes[route] = of_routes[weight].beside(left, layout)  # type: ignore[union-attr]
+    parts: dict[int, list[tuple[Layout, OfPiece]]] = {}
+    for (piece, _), outer in of_routes.items():
         if piece.steps:
             parts.setdefault(piece.leaf, []).append((plan.window(piece), outer))
         else:
@@ -292,7 +333,12 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
 
 
 def _outer(
-    plan: Plan, route: Route, layout: Layout, pairs: list[tuple[Array, Array]], roots: Array, centred: bool
+    plan: Plan,
+    route: Route,
+    layout: Layout,
+    pairs: list[tuple[Array, Array]],
+    roots: Callable[[Any], Array],
+    centred: bool,
 ) -> OfPiece:
     """The uses of a piece, one after the other along the positions."""
     orders = plan.orders(route)
@@ -303,8 +349,8 @@ def _outer(
         left, right = jnp.ones_like(left, shape=(*left.shape[:3], 1, 1)), jnp.sum(left * right, axis=3, keepdims=True)
     outer = Outer(left, right, layout, plan.k)
     if centred:
-        return outer.centred(roots)
-    outer = outer.weighted(roots)
+        return outer.centred(roots(outer.dtype))
+    outer = outer.weighted(roots(outer.dtype))
     picked = plan.picked(route[0]) and not route[1]
     return Picked.of(outer.left[:, 0, :, :, 0], outer.right, layout) if picked else outer
 
@@ -354,8 +400,9 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
     scan, reshapes, slices, joins, casts and multiples by one number, matrix products, einsum, convolutions, and tables
-    that are looked up (embeddings). A leaf with any other use has plain rows (biases and scales of units always, for
-    which they are the cheapest form). A flat vector of parameters, that f cuts into weights and biases, has rows for
+    that are looked up (embeddings). A bias that is added to such a product, at one position, has its sensitivities; they
+    are kept once. A leaf with any other use has plain rows (scales of units always, for which they are the cheapest
+    form). A flat vector of parameters, that f cuts into weights and biases, has rows for
     each piece.
 
     Args:

@@ -3,12 +3,13 @@
 A leaf is followed through reshapes, transposes, slices, joins, casts and multiples, into jit, remat and scan. Where it
 enters a `dot_general` or a convolution whose other operand is no leaf, or is a table that is looked up, the walk adds a
 zero to the output and keeps the other operand: the derivative with respect to that zero is the sensitivity, the other
-one is the activation. Any other use is named, and the leaf, or the slice of it that is used so, is then differentiated
-as a whole: slower, never wrong.
+one is the activation. What is added to a product, a bias, has the sensitivities of the product. Any other use is named,
+and the leaf, or the slice of it that is used so, is then differentiated as a whole: slower, never wrong.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,6 +117,7 @@ class Use:
     sensitivity: Callable[[Array], Array]
     whole: bool = False
     picked: bool = False
+    added_to: int | None = None  # the place of the product that a bias is added to
     box: tuple[tuple[int, int], ...] | None = None  # where the piece is in matrices that hold other numbers too
 
     @property
@@ -143,6 +145,8 @@ class Tape:
     others: list[Array] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     refused: dict[Piece, str] = field(default_factory=dict)
+    reads: Counter[int] = field(default_factory=Counter)  # how often each output is used, by its place
+    same: list[tuple[Any, int]] = field(default_factory=list)  # arrays of the numbers of an output in their order
 
     def record(self, use: Use, activation: Array, factor: Any, out: Array) -> Array:
         """The output of a product, with the zero of its place."""
@@ -152,7 +156,16 @@ class Tape:
         self.uses.append(use)
         self.others.append(activation if factor is None else _times(activation, factor))
         self.outputs.append(out)
+        self.same.append((out, place))
         return out if self.zeros is None else out + self.zeros[place]
+
+    def place_of(self, value: Any) -> int | None:
+        """Of which use a value is the output."""
+        return next((place for out, place in self.same if out is value), None)
+
+    def read(self, values: Sequence[Any]) -> None:
+        """Count the outputs of uses among these."""
+        self.reads.update(place for place in map(self.place_of, values) if place is not None)
 
     def refuse(self, marks: Sequence[Marks], reason: str) -> None:
         """Name the pieces that are used in a way that is not followed."""
@@ -189,6 +202,10 @@ def run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], marks: Sequenc
             outs, out_marks = _follow(eqn, inputs, seen, tape)
         else:
             outs, out_marks = _bound(eqn, inputs), [()] * len(eqn.outvars)
+        if tape.zeros is None and _keeps_order(eqn):
+            tape.same += [(outs[0], place) for place in map(tape.place_of, inputs) if place is not None]
+        elif tape.zeros is None and not (any(seen) and eqn.primitive.name in CALLS):
+            tape.read(inputs)
         for v, value, mark in zip(eqn.outvars, outs, out_marks, strict=True):
             write(v, value, mark)
     return [read(v) for v in jaxpr.outvars], [mark_of(v) for v in jaxpr.outvars]
@@ -243,6 +260,8 @@ def _follow(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Mark
     others = [x for i, x in enumerate(inputs) if i != holders[0]]
     for mark, found in zip(marks[holders[0]], finds, strict=True):
         use, activation = found  # type: ignore[misc]
+        if name == "add":
+            use = replace(use, added_to=tape.place_of(others[0]))
         outs[0] = tape.record(use, activation(*others), mark.factor, outs[0])
     return outs, [()]
 
@@ -267,12 +286,19 @@ def _view(eqn: Any, mark: Mark) -> Mark | None:
         return mark
     if name == "transpose":
         return mark.transposed(eqn.params["permutation"])
-    if name in ("squeeze", "expand_dims") or (name == "reshape" and eqn.params["dimensions"] is None):
-        return mark.reshaped(out.shape)
-    dimensions = eqn.params.get("broadcast_dimensions")
-    if name == "broadcast_in_dim" and math.prod(out.shape) == math.prod(mark.seen) and _ascending(dimensions):
+    if _keeps_order(eqn):
         return mark.reshaped(out.shape)
     return mark if name in ("copy", "copy_p") else None
+
+
+def _keeps_order(eqn: Any) -> bool:
+    """Whether the output has the numbers of the one input in the same order."""
+    name, dimensions = eqn.primitive.name, eqn.params.get("broadcast_dimensions")
+    if name == "transpose":
+        return _ascending([i for i in eqn.params["permutation"] if eqn.invars[0].aval.shape[i] != 1])
+    if name == "broadcast_in_dim":
+        return len(eqn.invars) == 1 and eqn.outvars[0].aval.size == eqn.invars[0].aval.size and _ascending(dimensions)
+    return name in ("squeeze", "expand_dims") or (name == "reshape" and eqn.params["dimensions"] is None)
 
 
 def _slices(eqn: Any, inputs: list[Any], mark: Mark, tape: Tape) -> Marked:
@@ -413,11 +439,23 @@ def _lookup(eqn: Any, side: int, mark: Mark) -> Found | None:
     return Use(mark.piece, layout, mark.scans, eqn.primitive.name, sensitivity, picked=True), activation
 
 
+def _addition(eqn: Any, side: int, mark: Mark) -> Found | None:
+    """A bias. That the other operand is a product, at one position, is seen at the end of the walk."""
+    if mark.joined or any(v.aval.shape != mark.seen for v in eqn.invars):
+        return None
+    matrices = (math.prod(mark.shape[: mark.lead]), 1, math.prod(mark.seen))
+    layout = Layout((), (*mark.steps, ("reshape", matrices)))
+    dtype = eqn.outvars[0].aval.dtype
+    sensitivity = lambda delta: delta.reshape(1, 1, -1)  # noqa: E731
+    return Use(mark.piece, layout, mark.scans, "add", sensitivity), lambda _: jnp.ones((1, 1, 1), dtype)
+
+
 FIND: dict[str, Callable[[Any, int, Mark], Found | None]] = {
     "dot_general": _product,
     "conv_general_dilated": _convolution,
     "gather": _lookup,
     "dynamic_slice": _lookup,
+    "add": _addition,
 }
 
 
@@ -443,6 +481,7 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked
         # A view that leaves the loop is a use of its own, but for a carry that stays what it was.
         stays = [i < m and n + i not in changed and bool(inner[n + i]) for i in range(len(outs))]
         seen.refuse([() if same else end for end, same in zip(ends, stays, strict=True)], "an output of a scan")
+        seen.read(outs)
         return outs
 
     jax.eval_shape(trial, *structs(consts), *structs(carry), *slices)
@@ -460,9 +499,14 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked
     )
     for piece, reason in seen.refused.items():
         tape.refused.setdefault(piece, reason)
+    tape.reads.update({place + i: count for i, count in seen.reads.items()})
     for use, other, out in zip(kept, others, outputs, strict=True):
         *outside, over = use.scans
-        tape.uses.append(replace(use, scans=tuple(outside), sensitivity=_stacked(use.sensitivity, over)))
+        added_to = use.added_to
+        if added_to is not None:
+            added_to = place + added_to if kept[added_to].scans == use.scans else None
+        sensitivity = _stacked(use.sensitivity, over)
+        tape.uses.append(replace(use, scans=tuple(outside), sensitivity=sensitivity, added_to=added_to))
         tape.others.append(_joined(other, over))
         tape.outputs.append(out)
     unchanged = [() if n + i in changed else marks[n + i] for i in range(m)]

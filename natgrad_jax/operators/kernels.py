@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,10 @@ from natgrad_jax.operators import outer
 from natgrad_jax.operators.outer import Centre, Outer, column, paired, remain, unit
 from natgrad_jax.operators.picked import Picked
 from natgrad_jax.operators.pieces import Pieces
+
+# Numbers in the tables of products that are alive at a time. With those of a few thousand examples the memory of a step
+# stays below the 32 MiB that an allocator keeps; beyond, every page is new in every step: a third of the time.
+TABLES = 2**20
 
 
 class Part(NamedTuple):
@@ -41,13 +45,13 @@ class Part(NamedTuple):
 
 def kernel(leaves: Sequence[Part], n: int, dtype: Any, width: int) -> Array:
     """Σ (A∘inverse)(A∘inverse)ᴴ over leaves, (n, n); a copy of `width` columns at a time."""
-    total = jnp.zeros((n, n), dtype)
     factors: list[Outer] = []
     columns: list[tuple[Array, Array]] = []
+    others: list[Callable[[], Array]] = []
     for part in _joined(leaves):
         rows, inverse, _ = part
         if isinstance(rows, Picked):
-            total = total + rows.kernel(inverse)
+            others.append(functools.partial(rows.kernel, inverse))
         elif not isinstance(rows, Outer):
             columns.append(_in_columns(rows, inverse))
         elif part.in_factors:
@@ -55,13 +59,24 @@ def kernel(leaves: Sequence[Part], n: int, dtype: Any, width: int) -> Array:
         elif rows.left.shape[3:] == (1, 1):
             columns.append(_in_columns(rows.explicit(), inverse))
         else:
-            total = total + _of_rows(rows, inverse)
-    for group in _side_by_side(columns, width):
-        total = total + _of_columns(*group, dtype, width)
-    with_roots = {id(x.centre.roots) if x.centre else None: x.centre for x in factors}
-    for key, centre in with_roots.items():
-        total = total + _of_factors([x for x in factors if (id(x.centre.roots) if x.centre else None) == key], centre)
-    return total
+            others.append(functools.partial(_of_rows, rows, inverse))
+    groups: dict[int | None, list[Outer]] = {}
+    for x in factors:
+        groups.setdefault(None if x.centre is None else id(x.centre.roots), []).append(x)
+    few: list[Array] = []
+    for taken, inverse in _side_by_side(columns, width):
+        if groups and not few and taken.size <= outer.BLOCK:
+            few.append(taken.astype(dtype) * inverse)
+        else:
+            others.append(functools.partial(_of_columns, taken, inverse, dtype, width))
+    for group in groups.values():
+        others.append(functools.partial(_of_factors, group, few, others[:]))
+        others, few = others[-1:], []
+    return others[0]().astype(dtype) if groups else _added(others, jnp.zeros((n, n), dtype))
+
+
+def _added(kernels: Sequence[Callable[[], Array]], total: Array) -> Array:
+    return functools.reduce(lambda total, kernel: total + kernel(), kernels, total)
 
 
 def _joined(leaves: Sequence[Part]) -> list[Part]:
@@ -135,8 +150,8 @@ def _of_columns(columns: Array, inverse: Array, dtype: Any, width: int) -> Array
     return _tree.sum_of_parts(part, inverse.size, min(width, inverse.size))
 
 
-def _of_rows(rows: Outer, inverse: Array) -> Array:
-    """From rows that are made, a part of the leaf at a time."""
+def _of_rows(rows: Outer, inverse: Array, base: Array | None = None) -> Array:
+    """From rows that are made, a part of the leaf at a time; on top of `base`."""
     n, p = rows.shape[0], math.prod(rows.layout.shape)
     i = rows.left.shape[-1]
     inverse = rows.layout.matrices(jnp.broadcast_to(inverse, rows.layout.shape))
@@ -154,7 +169,8 @@ def _of_rows(rows: Outer, inverse: Array) -> Array:
         made = (made * take(inverse, 1)).reshape(n, -1)
         return jax.lax.dot_general(made, made, (((1,), (1,)), ((), ())))
 
-    return _tree.sum_of_parts(part, i, min(max(outer.BLOCK // max(n * p // i, 1), 1), i))
+    base = None if base is None else base.astype(jnp.result_type(base, rows.dtype))
+    return _tree.sum_of_parts(part, i, min(max(outer.BLOCK // max(n * p // i, 1), 1), i), base)
 
 
 def _rows_are_cheaper(rows: Outer) -> bool:
@@ -199,25 +215,69 @@ def _sides(rows: Outer, table: Array) -> tuple[Array, Array]:
     return unit(inside, jnp.max(inside, axis=2, keepdims=True, initial=0.0)), out
 
 
-def _of_factors(group: Sequence[Outer], centre: Centre | None) -> Array:
-    """Of leaves without a centre, or with the same roots: the mean is taken out once, of the sum over leaves."""
-    at_one = [x for x in group if x.left.shape[3] == 1]
-    at_many = [x for x in group if x.left.shape[3] > 1]
+def _of_factors(group: Sequence[Outer], few: Sequence[Array], others: Sequence[Callable[[], Array]]) -> Array:
+    """Of leaves without a centre, or with the same roots: one mean, out of the sum over leaves.
 
-    def summed() -> Array:
-        of_leaves = [_of_pairs(x.terms()) for x in at_many]
-        return functools.reduce(jnp.add, [_of_products(at_one), *of_leaves] if at_one else of_leaves)
+    In the same pass that of a few plain columns; the kernels of `others` are added.
+    """
+    n, k, centre = len(group[0].left), group[0].k, group[0].centre
+    tables = sum(x.left.shape[2] * x.left.shape[3] ** 2 for x in group)
+    size = min(max(TABLES // max(2 * tables * n * k * k, 1), 1), n)
+    against_all = [(_products if x.left.shape[3] == 1 else _pairs)(x) for x in group]
+
+    def summed(start: Array | int, size: int) -> Array:
+        """Some examples against all, (size, k, n, k) or narrow, before roots and mean."""
+        parts = [of_leaf(start, size) for of_leaf in against_all]
+        whole = (size, n) if k == 1 else (size, k, n, k)
+        return jnp.broadcast_to(functools.reduce(jnp.add, parts), whole)
+
+    def whole(part: Callable[[Array | int, int], Array]) -> Array:
+        def with_few(start: Array | int, size: int) -> Array:
+            total = part(start, size).reshape(size * k, n * k)
+            for x in few:
+                taken = jax.lax.dynamic_slice_in_dim(x, start * k, size * k)
+                total = total + jax.lax.dot_general(taken, x, (((1,), (1,)), ((), ())))
+            return total
+
+        return _added(others, _tree.map_parts(with_few, n, size))
 
     if centre is None:
-        return summed()
+        return whole(summed)
+
+    def centred() -> Array:
+        """Of ⟨r − r̄, r' − r̄⟩, with r̄ the mean row."""
+        to_mean, of_mean = (functools.reduce(jnp.add, parts) for parts in zip(*map(_with_mean, group), strict=True))
+        half = to_mean - of_mean / 2
+        across, roots = jnp.transpose(half, (2, 0, 1))[None], centre.roots[:, None, None, None]
+
+        def part(start: Array | int, size: int) -> Array:
+            along, scale = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (half[:, :, None], roots))
+            kernel = summed(start, size) - _narrow(along, k) - _narrow(across, k)
+            return kernel * _narrow(scale, k) * _narrow(jnp.moveaxis(roots, 0, 2), k)
+
+        return whole(part)
+
+    def made() -> Array:
+        zero = whole(lambda start, size: jnp.zeros((size * k, n * k), group[0].dtype))
+        return functools.reduce(lambda total, x: _of_rows(x, one, total), group, zero)
+
     # The trace alone says whether digits are left, so that only one of the two kernels is made.
-    traces, terms = zip(*map(_traces, group), strict=True)
+    traces, terms = (functools.reduce(jnp.add, parts) for parts in zip(*map(_traces, group), strict=True))
     one = jnp.ones((), group[0].dtype)
-    return jax.lax.cond(
-        remain(sum(traces), sum(terms)),
-        lambda: _centred(summed(), centre.roots, group[0].k),
-        lambda: functools.reduce(jnp.add, [_of_rows(x, one) for x in group]),
-    )
+    return jax.lax.cond(remain(traces, terms), centred, made)
+
+
+def _narrow(x: Array, k: int) -> Array:
+    """(…, n, k, n, k) without the axes of a single output: what is done entry by entry is then done in place."""
+    return x.squeeze((-3, -1)) if k == 1 else x
+
+
+def _with_mean(rows: Outer) -> tuple[Array, Array]:
+    """⟨row (i, j), r̄_l⟩ before roots, (n, k, k), and ⟨r̄_j, r̄_l⟩, (k, k)."""
+    assert rows.centre is not None
+    shift = rows.centre.shift
+    means = shift.reshape(rows.k, -1)
+    return jax.vmap(rows.along, out_axes=2)(shift), means @ means.T
 
 
 def _traces(rows: Outer) -> tuple[Array, Array]:
@@ -234,85 +294,79 @@ def _traces(rows: Outer) -> tuple[Array, Array]:
     return over_rows(squares) - jnp.sum(weights) * jnp.sum(jnp.square(shift)), over_rows(terms)
 
 
-def _centred(kernel: Array, roots: Array, k: int) -> Array:
-    """That of rows without their mean, times roots, from that of rows with any common part."""
-    n, scale = len(roots), jnp.repeat(roots, k)
-    weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
-    means = jnp.tensordot(weights, kernel.reshape(n, k, n * k), 1).reshape(1, k, n, k)
-    both = jnp.tensordot(means, weights, ((2,), (0,))).reshape(1, k, 1, k)
-    centred = kernel.reshape(n, k, n, k) - (means - both / 2) - jnp.transpose(means - both / 2, (2, 3, 0, 1))
-    return centred.reshape(n * k, -1) * scale * scale[:, None]
-
-
 class _Side(NamedTuple):
     """One side of the outer products of a leaf, at one position: x, or x₀ + x.
 
     Attributes:
-        x: (n, k or 1, G, I).
-        along: ⟨x, x₀⟩, (n, k or 1, k or 1 of x₀, G), or None without x₀.
-        first: x₀, (k or 1, G, I), or None.
+        x: (G, n, k or 1, I).
+        first: x₀, (G, k or 1, I), or None.
+        along: ⟨x, x₀⟩, (G, n, k or 1, k or 1 of x₀), or None without x₀.
     """
 
     x: Array
-    along: Array | None
     first: Array | None
+    along: Array | None
 
     @classmethod
     def of(cls, x: Array, first: Array | None) -> "_Side":
         """From the side of rows at one position, and that of their centre."""
-        x = x[:, :, :, 0]
+        x = jnp.moveaxis(x[:, :, :, 0], 2, 0)
         if first is None:
             return cls(x, None, None)
-        first = first[0, :, :, 0]
-        return cls(x, jnp.einsum("nkgi,lgi->nklg", x, first), first)
+        first = jnp.moveaxis(first[0, :, :, 0], 1, 0)
+        return cls(x, first, _inner(x, first))
 
-    def products(self, x: Array, along: Array | None) -> tuple[Array, ...]:
-        """⟨x, x'⟩, and with x₀ ⟨x, x₀⟩, ⟨x₀, x'⟩ and ⟨x₀, x₀⟩, of one example and all: (G, k, n, k), 1 for n or k."""
-        inner = jnp.einsum("kgi,nlgi->gknl", x, self.x)
-        if self.first is None or self.along is None or along is None:
+    def products(self, start: Array | int, size: int) -> tuple[Array, ...]:
+        """⟨x, x'⟩, and with x₀ ⟨x, x₀⟩, ⟨x₀, x'⟩ and ⟨x₀, x₀⟩, of some examples and all: (G, size, k, n, k), or 1s."""
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
+        inner = _inner(part(self.x), self.x)
+        if self.first is None or self.along is None:
             return (inner,)
-        both = jnp.einsum("kgi,lgi->gkl", self.first, self.first)[:, :, None]
-        return inner, jnp.moveaxis(along, 2, 0)[:, :, None], jnp.transpose(self.along, (3, 2, 0, 1)), both
+        along, all_along = part(self.along)[:, :, :, None], jnp.moveaxis(self.along, 3, 1)[:, None]
+        return inner, along, all_along, _inner(self.first, self.first)[:, None, :, None]
 
 
-def _of_products(group: Sequence[Outer]) -> Array:
-    """Σ over leaves and matrices of (left leftᵀ)∘(right rightᵀ), a few examples at a time; before roots and mean."""
-    n, k, dtype = len(group[0].left), group[0].k, jnp.result_type(*(x.dtype for x in group))
-    pairs = [
-        (_Side.of(x.left, x.centre and x.centre.left), _Side.of(x.right, x.centre and x.centre.right)) for x in group
-    ]
-
-    def block(examples: list[Any]) -> Array:
-        """One example against all."""
-        total = jnp.zeros((k, n, k), dtype)
-        for pair, example in zip(pairs, examples, strict=True):
-            (d, *left), (e, *right) = (side.products(*one) for side, one in zip(pair, example, strict=True))
-            product = d * e
-            if left:
-                # ⟨dδ + a₀e, d'δ' + a₀e'⟩ = ee'(aa') + dd'(δδ' − ee') + (da₀)(δ₀e') + (a₀d')(eδ₀), products of
-                # differences throughout.
-                (p, p_, alpha), (q, q_, beta) = left, right
-                product = e * (d + p + p_ + alpha) + d * (q + q_ + beta) + p * q_ + p_ * q
-            total = total + jnp.sum(product, axis=0)
-        return total
-
-    examples = [tuple((side.x, side.along) for side in pair) for pair in pairs]
-    size = max(outer.BLOCK // max(sum(2 * x.left.shape[2] for x in group) * n * k * k, 1), 1)
-    kernel = jax.vmap(block)(examples) if size >= n else jax.lax.map(block, examples, batch_size=size)
-    return kernel.reshape(n * k, -1)
+def _inner(x: Array, y: Array) -> Array:
+    """⟨x, y⟩ over the last axis, for each of the first; all axes of the one and then of the other are kept."""
+    flat = [z.reshape(len(z), -1, z.shape[-1]) for z in (x, y)]
+    if len(x) == 1:  # as a matrix, which XLA takes as it lies
+        product = jax.lax.dot_general(flat[0][0], flat[1][0], (((1,), (1,)), ((), ())))
+    else:
+        product = jax.lax.dot_general(flat[0], flat[1], (((2,), (2,)), ((0,), (0,))))
+    return product.reshape(len(x), *x.shape[1:-1], *y.shape[1:-1])
 
 
-def _of_pairs(rows: Outer) -> Array:
-    """Σ over pairs of positions, for a few examples at a time."""
-    n, t = len(rows.left), rows.left.shape[3]
-    left, right = paired(rows.left, rows.right)
-    k = left.shape[1]
+AgainstAll = Callable[[Array | int, int], Array]  # from the first of some examples and their number, (size, k, n, k)
 
-    def block(pair: tuple[Array, Array]) -> Array:
-        """One example against all."""
-        one, other = (jnp.einsum("kgti,nlgsi->kgtnls", x, y) for x, y in zip(pair, (left, right), strict=True))
-        return jnp.sum(one * other, axis=(1, 2, 5))
 
-    size = max(outer.BLOCK // max(n * k * k * t * t * left.shape[2], 1), 1)
-    kernel = jax.lax.map(block, (left, right), batch_size=min(size, n))
-    return jnp.broadcast_to(kernel, (n, rows.k, n, rows.k)).reshape(n * rows.k, -1)
+def _products(rows: Outer) -> AgainstAll:
+    """Σ over matrices of (left leftᵀ)∘(right rightᵀ), at one position; before roots and mean."""
+    centre, ones = rows.centre, () if rows.left.shape[2] > 1 else (0,)
+    left, right = _Side.of(rows.left, centre and centre.left), _Side.of(rows.right, centre and centre.right)
+
+    def part(start: Array | int, size: int) -> Array:
+        (d, *with_a), (e, *with_delta) = (
+            [_narrow(x.squeeze(ones), rows.k) for x in side.products(start, size)] for side in (left, right)
+        )
+        product = d * e
+        if with_a:
+            # ⟨dδ + a₀e, d'δ' + a₀e'⟩ = ee'(aa') + dd'(δδ' − ee') + (da₀)(δ₀e') + (a₀d')(eδ₀), products of differences
+            # throughout.
+            (p, p_, alpha), (q, q_, beta) = with_a, with_delta
+            product = e * (d + p + p_ + alpha) + d * (q + q_ + beta) + p * q_ + p_ * q
+        return product if ones else jnp.sum(product, axis=0)
+
+    return part
+
+
+def _pairs(rows: Outer) -> AgainstAll:
+    """Σ over pairs of positions; before roots and mean."""
+    terms = rows.terms()
+    left, right = paired(terms.left, terms.right)
+
+    def part(start: Array | int, size: int) -> Array:
+        taken = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (left, right))
+        one, other = (jnp.einsum("mkgti,nlgsi->mkgtnls", x, y) for x, y in zip(taken, (left, right), strict=True))
+        return _narrow(jnp.sum(one * other, axis=(2, 3, 6)), rows.k)
+
+    return part

@@ -14,7 +14,7 @@ from natgrad_jax import _tree
 from natgrad_jax._tree import accumulator
 
 Step = tuple[str, tuple[Any, ...]]
-BLOCK = 2**21  # numbers that are made at a time, of explicit rows or of a kernel of positions
+BLOCK = 2**19  # numbers that are made at a time, of explicit rows or of a kernel of positions
 LOST = 0.25  # part of the digits that differences of products may take; where they would take more, rows are made
 
 
@@ -118,8 +118,18 @@ class Outer:
     def centred(self, roots: Array) -> "Outer":
         """Rows without their mean over the examples with weights roots², times roots."""
         roots = roots.astype(self.dtype)
+        return self._apart(roots, *around_mean(self.left, roots), *around_mean(self.right, roots))
+
+    def beside(self, left: Array, layout: Layout) -> "Outer":
+        """The rows of a leaf with the same right sides, as those of a bias are."""
+        if self.centre is None:
+            return replace(self, left=left, layout=layout)
+        roots, _, right, _ = self.centre
+        return replace(self, layout=layout)._apart(roots, *around_mean(left, roots), right, self.right)
+
+    def _apart(self, roots: Array, left: Array, d: Array, right: Array, e: Array) -> "Outer":
+        """Of the mean factors and the differences to them."""
         weights = jnp.square(roots) / jnp.sum(jnp.square(roots))
-        (left, d), (right, e) = around_mean(self.left, roots), around_mean(self.right, roots)
         apart = replace(self, left=d, right=e, centre=Centre(roots, left, right, jnp.zeros(())))
         one_hot = weights[:, None, None] * jnp.eye(self.k, dtype=roots.dtype)
         shift = jax.vmap(lambda u: apart._summed(u, *apart.pairs()), in_axes=1)(one_hot)
@@ -154,6 +164,14 @@ class Outer:
 
     def times(self, v: Array) -> Array:
         """Av, shape (N,)."""
+        product = self.along(v)
+        if self.centre is not None:
+            roots, _, _, shift = self.centre
+            product = roots[:, None] * (product - jnp.tensordot(shift, v, jnp.ndim(v)))
+        return product.reshape(-1)
+
+    def along(self, v: Array) -> Array:
+        """Products of the rows before roots and shift with v, (n, k)."""
         matrices = self.layout.matrices(v)
 
         def seen(left: Array, right: Array) -> Array:
@@ -162,11 +180,7 @@ class Outer:
             return jnp.sum(jnp.einsum("nkgto,gio->nkgti", right, matrices) * left, axis=(2, 3, 4))
 
         product = sum(seen(*pair) for pair in self.pairs())
-        product = jnp.broadcast_to(product, (len(self.left), self.k))
-        if self.centre is not None:
-            roots, _, _, shift = self.centre
-            product = roots[:, None] * (product - jnp.tensordot(shift, v, jnp.ndim(v)))
-        return product.reshape(-1)
+        return jnp.broadcast_to(product, (len(self.left), self.k))
 
     def transposed_times(self, u: Array) -> Array:
         """Aᵀu, shaped like the leaf."""

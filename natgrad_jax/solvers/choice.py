@@ -236,7 +236,16 @@ def damped_product(operator: Operator, rule: Rule | None, strength: Number | Non
 
 
 def _stopped(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
+    found: dict[int, Any] = {}  # what is one array in several places stays one: rows may share a factor
+
+    def stopped(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        if id(x) not in found:
+            found[id(x)] = jax.lax.stop_gradient(x)
+        return found[id(x)]
+
+    return jax.tree.map(stopped, tree)
 
 
 def auto() -> Auto:
