@@ -271,3 +271,17 @@ def map_parts(part: Callable[[Array | int, int], Array], n: int, size: int) -> A
     parts = jax.lax.map(lambda i: part(i * size, size), jnp.arange(whole))
     parts = parts.reshape(-1, *parts.shape[2:])
     return jnp.concatenate([parts, part(n - rest, rest)]) if rest else parts
+
+
+@jax.custom_batching.custom_vmap
+def in_any_lane(flag: Array) -> Array:
+    """The flag; under `vmap` whether it is set in any lane, one answer for all of them.
+
+    A `cond` on a batched flag computes both branches: nothing would be saved.
+    """
+    return flag
+
+
+@in_any_lane.def_vmap
+def _in_any_lane(_: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return in_any_lane(jnp.any(flag)), False

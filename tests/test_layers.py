@@ -229,6 +229,33 @@ def test_a_bias_shares_the_product_of_its_weight(monkeypatch, float64):
     assert found == [6, 8, 7]
 
 
+def test_lanes_choose_between_factors_and_rows_together(float64):
+    """One answer under `vmap`, so that a `cond` stays one; the lane where digits cancel has as many as alone."""
+    rng = np.random.default_rng(0)
+    samples = jnp.asarray(np.stack([rng.normal(size=(6, 5)), rng.choice([-1.0, 1.0], (6, 5))]), float64)
+    w, e = jnp.asarray(rng.normal(size=(5, 5)), float64), jnp.asarray(rng.normal(size=6), float64)
+    metric = metrics.quantum_geometric(lambda w, x: x @ w @ x, rows="layers")
+
+    def step(samples):
+        gram = metric(w, samples=samples)
+        g = gram.transposed_times(e)
+        solution = solvers.solve(Gram(gram.rows, e), g, solver=solvers.row_space(), damping=damping.trace(1e-3))
+        return gram.kernel(jnp.ones((), float64)), gram.diagonal(), solution.value
+
+    def made(samples):
+        rows = (jnp.einsum("ni,nj->nij", samples, samples)).reshape(6, -1)
+        return (rows - rows.mean(0)) / 6**0.5
+
+    together = jax.jit(jax.vmap(step))(samples)
+    for i, (kernel, diagonal, value) in enumerate(zip(*together, strict=True)):
+        rows = made(samples[i])
+        assert error(kernel, rows @ rows.T) < 1e-12
+        assert error(diagonal.reshape(-1), jnp.sum(rows**2, 0)) < 1e-12
+        assert error(value, step(samples[i])[2]) < 1e-10
+    conditions = str(jax.make_jaxpr(jax.vmap(step))(samples)).count("= cond[")
+    assert conditions == str(jax.make_jaxpr(step)(samples[0])).count("= cond[") > 2
+
+
 def test_auto_takes_layers_where_they_are_smaller(float64):
     """Shapes alone decide: rows of n·k < p numbers, and leaves whose factors are at most half of them."""
     wide = [(np.zeros((20, 30)), np.zeros(30)), (np.zeros((30, 2)), np.zeros(2))]

@@ -400,10 +400,9 @@ def capture(f: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree],
     The gradient of one output of one example in the weight W of y = xW is activation ⊗ sensitivity, x ⊗ ∂out/∂y, summed
     over the positions at which W is used. `capture` finds those products in the jaxpr of f: through jit, remat, vmap,
     scan, reshapes, slices, joins, casts and multiples by one number, matrix products, einsum, convolutions, and tables
-    that are looked up (embeddings). A bias that is added to such a product, at one position, has its sensitivities; they
-    are kept once. A leaf with any other use has plain rows (scales of units always, for which they are the cheapest
-    form). A flat vector of parameters, that f cuts into weights and biases, has rows for
-    each piece.
+    that are looked up (embeddings). A bias that is added to such a product, at one position, shares its sensitivities.
+    A leaf with any other use has plain rows (scales of units always, for which they are the cheapest form). A flat
+    vector of parameters, that f cuts into weights and biases, has rows for each piece.
 
     Args:
         f: f(params, batch) -> real outputs on the leading axis; row by row what it gives for a batch of one.

@@ -264,7 +264,7 @@ def _of_factors(group: Sequence[Outer], few: Sequence[Array], others: Sequence[C
     # The trace alone says whether digits are left, so that only one of the two kernels is made.
     traces, terms = (functools.reduce(jnp.add, parts) for parts in zip(*map(_traces, group), strict=True))
     one = jnp.ones((), group[0].dtype)
-    return jax.lax.cond(remain(traces, terms), centred, made)
+    return jax.lax.cond(_tree.in_any_lane(~remain(traces, terms)), made, centred)
 
 
 def _narrow(x: Array, k: int) -> Array:

@@ -194,6 +194,8 @@ class Outer:
         """Σ over the rows of their squares, (*leaf,): the diagonal of AᵀA."""
         if self.left.shape[3] > 1:
             return self._squares_of_rows()
+        if self.left.shape[4] == 1:
+            return jnp.sum(jnp.square(self.explicit()), axis=0)
         repeated = self.k if self.left.shape[1] == self.right.shape[1] == 1 else 1
         n = len(self.left)
         if self.centre is None:
@@ -206,8 +208,8 @@ class Outer:
         crossed = 2 * self._summed(weights, (d * first, delta * e))
         common = jnp.sum(jnp.square(self.centre.roots)) * jnp.sum(jnp.square(self.centre.shift), axis=0)
         centred = squares + crossed - common
-        kept = jnp.all(remain(centred, squares))
-        return jax.lax.cond(kept, lambda: centred, self._squares_of_rows)
+        lost = _tree.in_any_lane(~jnp.all(remain(centred, squares)))
+        return jax.lax.cond(lost, self._squares_of_rows, lambda: centred)
 
     def _summed(self, u: Array, *pairs: tuple[Array, Array]) -> Array:
         """Σ u[i, j] left[i, j, g, t, :] ⊗ right[i, j, g, t, :] over the pairs, shaped like the leaf.

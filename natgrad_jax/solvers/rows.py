@@ -121,13 +121,15 @@ class RowSpace:
         size = _tree.largest(g)
         g = g / jnp.where(size > 0, size, 1)
         lengths = jnp.sqrt(jnp.maximum(jnp.real(_tree.diagonal(kernel)), 0))
-        recover = lambda _: _recovered(rows, solve, g, damping, lengths)  # noqa: E731
         residual = rows.gram.residual if residual is None else residual
         known, used = rows.matching(g, residual, lengths)
-        if residual is None:
-            e, rest = recover(known)
-        else:
-            e, rest = jax.lax.cond(used, lambda e: (e, jnp.zeros_like(g)), recover, known)
+        given = known, jnp.zeros_like(g)
+
+        def recover() -> tuple[Array, Array]:
+            found = _recovered(rows, solve, g, damping, lengths)
+            return jax.tree.map(lambda x, y: jnp.where(used, x, y), given, found)
+
+        e, rest = recover() if residual is None else jax.lax.cond(_tree.in_any_lane(~used), recover, lambda: given)
         y = rows.transposed_times(solve(e)) + rest
         solution = frame.finish(size * y, rhs, strength, residual_used=used)
         # Dependent rows: a pivot that is all rounding makes a plausible step, of which nothing is known.
@@ -140,11 +142,13 @@ def _recovered(
     rows: RowsInFrame, solve: Callable[[Array], Array], g: Array, damping: Array, lengths: Array
 ) -> tuple[Array, Array]:
     """e with g ≈ Bᴴe, and (BᴴB + λ)⁻¹ of what of g is not of this form."""
-    e, rest = jnp.zeros(rows.gram.n, g.dtype), g
-    for _ in range(1 + REFINEMENTS):
+
+    def refined(_: int, found: tuple[Array, Array]) -> tuple[Array, Array]:
         # From what is left of g itself: the kernel has squared the condition number, and would stop short.
-        e = e + solve(rows.times(rest))
-        rest = g - rows.transposed_times(e)
+        e = found[0] + solve(rows.times(found[1]))
+        return e, g - rows.transposed_times(e)
+
+    e, rest = jax.lax.fori_loop(0, 1 + REFINEMENTS, refined, (jnp.zeros(rows.gram.n, g.dtype), g))
     # Woodbury on the rest alone: on all of g it would cancel, since 1/λ is large.
     outside = divide(rest - rows.transposed_times(solve(rows.times(rest))), jnp.broadcast_to(damping, rest.shape))
     return e, jnp.where(_tree.norm(rest) > rows.rounding(g, e, lengths), outside, 0)

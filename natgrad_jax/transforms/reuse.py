@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from natgrad_jax._tree import PyTree, all_finite, cast_like, where
+from natgrad_jax._tree import PyTree, all_finite, cast_like, in_any_lane, where
 from natgrad_jax.operators import Blocks, Dense, Diagonal, Kronecker, Operator, RealParts
 from natgrad_jax.transforms.core import Source, Transformation, driven, driving, factor_of, hand_to
 from natgrad_jax.transforms.shared import check_count, check_part
@@ -90,20 +90,6 @@ class AccumulateState(NamedTuple):
     added: Array
     total: PyTree
     inner: Any
-
-
-@jax.custom_batching.custom_vmap
-def in_any_lane(flag: Array) -> Array:
-    """The flag; under `vmap` whether it is set in any lane, one answer for all of them.
-
-    A `cond` on a batched flag computes both branches, and a period would save nothing.
-    """
-    return flag
-
-
-@in_any_lane.def_vmap
-def _in_any_lane(_: int, in_batched: list[bool], flag: Array) -> tuple[Array, bool]:
-    return in_any_lane(jnp.any(flag)), False
 
 
 def every_k(inner: Transformation, k: int, *, like: dict[str, Any] | None = None) -> Transformation:
