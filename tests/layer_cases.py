@@ -41,6 +41,11 @@ X = normal(4, 5)
 BIASED = [normal(5, 7), normal(7)]
 
 
+def squared(x, w):
+    """A use of w that is followed, and one that is not."""
+    return jnp.tanh(x @ w) + 0.1 * jnp.sum(w**2)
+
+
 def through_calls(layers, x):
     return jax.jit(lambda layers, x: jax.checkpoint(lambda layers, x: jax.jit(mlp)(layers, x))(layers, x))(layers, x)
 
@@ -271,6 +276,15 @@ CASES = {
     "a bias within a loop": Case(
         lambda p, x: jax.lax.scan(lambda c, q: (jnp.tanh(c @ q[0] + 2 * q[1] + p[2]), None), x, p[:2])[0],
         [normal(3, 5, 5), normal(3, 5), normal(5)], X, [True, True, False]),
+    "a bias behind products that are not followed": Case(
+        lambda p, x: jax.lax.scan(
+            lambda c, q: (jnp.tanh(squared(squared(c, q[0]), q[1]) @ q[2] + q[3]), None), x, p)[0],
+        [normal(3, 5, 5) / 5, normal(3, 5, 5) / 5, normal(3, 5, 5), normal(3, 5)], X, [False, False, True, True]),
+    "a bias cut out beside slices that overlap": Case(
+        lambda p, x: jnp.tanh(x @ p[0][:5] + p[1][:5]) + x @ p[0][3:8] + jnp.tanh(x @ p[1][5:].reshape(5, 5)),
+        [normal(8, 5), normal(30)], X, [False, True]),
+    "a bias of slices that overlap": Case(
+        lambda p, x: jnp.tanh(x @ p[0][:5] + p[1]) + x @ p[0][3:8], [normal(8, 5), normal(5)], X, [False, False]),
     "a bias closed over": Case(
         lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w + p[1]), None), x, p[0])[0],
         [normal(3, 5, 5), normal(5)], X, [True, False]),

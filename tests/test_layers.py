@@ -229,6 +229,23 @@ def test_a_bias_shares_the_product_of_its_weight(monkeypatch, float64):
     assert found == [6, 8, 7]
 
 
+def test_kernels_of_leaves_with_nothing_in_common(float64):
+    """Means by other arrays, other numbers of examples and outputs, complex columns: each is made once."""
+    rng = np.random.default_rng(0)
+    metric = metrics.quantum_geometric(lambda p, x: jnp.sum(mlp(p, x[None])), rows="layers")
+    one, layers_of_seven = jnp.ones((), float64), [(rng.normal(size=(5, 5)), rng.normal(size=5))] * 7
+    gram = metric(cast(layers_of_seven, float64), samples=jnp.asarray(X))
+    apart = jax.tree.map(lambda x: jnp.array(x), gram)
+    assert error(scale(4.0, apart).kernel(one), 4 * gram.matrix() @ gram.matrix().T) < 1e-12
+    assert str(jax.make_jaxpr(lambda gram: gram.kernel(one))(scale(4.0, gram))).count("= cond[") == 14
+    layout = layers.Plan.of(lambda w, x: x @ w, jnp.zeros((3, 2)), jnp.zeros(3)).uses[0][0].layout
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    factors = lambda n, k: (draw(n, 1, 1, 1, 3), draw(n, k, 1, 1, 2))
+    columns = draw(6, 2) + 1j * draw(6, 2)
+    mixed = Gram([Outer(*factors(6, 1), layout, 1), Outer(*factors(3, 2), layout, 2), columns])
+    np.testing.assert_allclose(mixed.kernel(one), mixed.matrix() @ mixed.matrix().conj().T, atol=1e-12)
+
+
 def test_lanes_choose_between_factors_and_rows_together(float64):
     """One answer under `vmap`, so that a `cond` stays one; the lane where digits cancel has as many as alone."""
     rng = np.random.default_rng(0)

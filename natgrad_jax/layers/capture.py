@@ -151,13 +151,18 @@ class Plan:
         Of a leaf that is cut, some of the pieces; then the others are used as a whole. Rows that are picked are not,
         if they are centred: the mean is in every row.
         """
-        routes: list[Route] = []
-        for leaf in range(len(self.leaves)):
-            of_leaf = [(piece, not self._kept(piece, always, centred)) for piece in self.pieces(leaf)]
-            if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
-                routes += of_leaf
-        # A bias by itself where the leaf of its weight is cut into pieces that overlap.
-        return frozenset(route for route in routes if route[1] or self.added_to.get(route[0], route) in routes)
+        alone: set[Piece] = set()  # biases whose weights are not followed, as where another piece of these is not
+        while True:
+            routes: list[Route] = []
+            for leaf in range(len(self.leaves)):
+                pieces = self.pieces(leaf)
+                of_leaf = [(piece, piece in alone or not self._kept(piece, always, centred)) for piece in pieces]
+                if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
+                    routes += of_leaf
+            lost = {piece for piece, whole in routes if not whole and self.added_to.get(piece, routes[0]) not in routes}
+            if not lost:
+                return frozenset(routes)
+            alone |= lost
 
     def _kept(self, piece: Piece, always: bool, centred: bool) -> bool:
         numbers = self.factor_size(piece)
@@ -313,7 +318,8 @@ def rows(plan: Plan, params: PyTree, points: PyTree, roots: Array, *, centred: b
         built[i] = _weighted(around_mean(gradient, roots)[1] if centred else gradient, roots)
     of_routes: dict[Route, OfPiece] = {}
     in_dtype = functools.cache(roots.astype)  # the same roots are known as such by their identity
-    for route in sorted(followed, key=lambda route: route[0] in plan.added_to and not route[1]):  # biases at the end
+    order = dict.fromkeys(use.route for _, use in kept)
+    for route in sorted(order, key=lambda route: route[0] in plan.added_to and not route[1]):  # biases at the end
         places = [j for j, (_, use) in enumerate(kept) if use.route == route]
         pairs = [(x[:, None], delta) for x, delta in (factors[j] for j in places)]
         layout, weight = kept[places[0]][1].layout, plan.added_to.get(route[0])

@@ -502,9 +502,9 @@ def _scan(eqn: Any, inputs: list[Any], marks: list[Marks], tape: Tape) -> Marked
     tape.reads.update({place + i: count for i, count in seen.reads.items()})
     for use, other, out in zip(kept, others, outputs, strict=True):
         *outside, over = use.scans
-        added_to = use.added_to
+        added_to = use.added_to if tape.zeros is None else None  # asked for on the first walk alone
         if added_to is not None:
-            added_to = place + added_to if kept[added_to].scans == use.scans else None
+            added_to = place + added_to if seen.uses[added_to].scans == use.scans else None
         sensitivity = _stacked(use.sensitivity, over)
         tape.uses.append(replace(use, scans=tuple(outside), sensitivity=sensitivity, added_to=added_to))
         tape.others.append(_joined(other, over))

@@ -22,6 +22,9 @@ from natgrad_jax.operators.pieces import Pieces
 TABLES = 2**20
 
 
+AgainstAll = Callable[[Array | int, int], Array]  # from the first of some examples and their number, (size, k, n, k)
+
+
 class Part(NamedTuple):
     """Rows of a leaf, or of a piece of one, and their units.
 
@@ -60,23 +63,19 @@ def kernel(leaves: Sequence[Part], n: int, dtype: Any, width: int) -> Array:
             columns.append(_in_columns(rows.explicit(), inverse))
         else:
             others.append(functools.partial(_of_rows, rows, inverse))
-    groups: dict[int | None, list[Outer]] = {}
+    groups: dict[Any, list[Outer]] = {}
     for x in factors:
-        groups.setdefault(None if x.centre is None else id(x.centre.roots), []).append(x)
-    few: list[Array] = []
+        roots = None if x.centre is None else id(x.centre.roots)
+        groups.setdefault((roots, len(x.left), x.k), []).append(x)
+    few = None  # columns whose product is added in the same pass as those of the first factors
     for taken, inverse in _side_by_side(columns, width):
-        if groups and not few and taken.size <= outer.BLOCK:
-            few.append(taken.astype(dtype) * inverse)
+        if groups and few is None and taken.size <= outer.BLOCK:
+            few = taken.astype(dtype) * inverse
         else:
             others.append(functools.partial(_of_columns, taken, inverse, dtype, width))
-    for group in groups.values():
-        others.append(functools.partial(_of_factors, group, few, others[:]))
-        others, few = others[-1:], []
-    return others[0]().astype(dtype) if groups else _added(others, jnp.zeros((n, n), dtype))
-
-
-def _added(kernels: Sequence[Callable[[], Array]], total: Array) -> Array:
-    return functools.reduce(lambda total, kernel: total + kernel(), kernels, total)
+    parts = [_of_factors(group, None if i else few) for i, group in enumerate(groups.values())]
+    parts += [other() for other in others]
+    return functools.reduce(jnp.add, parts).astype(dtype) if parts else jnp.zeros((n, n), dtype)
 
 
 def _joined(leaves: Sequence[Part]) -> list[Part]:
@@ -90,17 +89,19 @@ def _joined(leaves: Sequence[Part]) -> list[Part]:
         else:
             parts += [Part(rows, leaf.inverse) for rows in leaf.rows.parts]
     out: list[Part] = []
-    for part in (part for part in parts if math.prod(part.rows.shape)):
-        alike = lambda other: other.inverse is part.inverse and jnp.ndim(part.inverse) == 0  # noqa: E731, B023
-        place = next((i for i, x in enumerate(out) if alike(x) and _share_a_side(x.rows, part.rows)), None)
-        if place is None:
-            out.append(part)
-        else:
+    for part in parts:
+        place = next((i for i, other in enumerate(out) if _share_a_side(other, part)), None)
+        if place is not None:
             out[place] = part._replace(rows=_beside(out[place].rows, part.rows))
+        elif math.prod(part.rows.shape):
+            out.append(part)
     return out
 
 
-def _share_a_side(x: Any, y: Any) -> bool:
+def _share_a_side(one: Part, other: Part) -> bool:
+    x, y = one.rows, other.rows
+    if one.inverse is not other.inverse or jnp.ndim(one.inverse):
+        return False
     if not (isinstance(x, Outer) and isinstance(y, Outer)) or x.right is not y.right or x.k != y.k:
         return False
     if x.left.shape[:4] != y.left.shape[:4] or x.left.dtype != y.left.dtype:
@@ -215,34 +216,30 @@ def _sides(rows: Outer, table: Array) -> tuple[Array, Array]:
     return unit(inside, jnp.max(inside, axis=2, keepdims=True, initial=0.0)), out
 
 
-def _of_factors(group: Sequence[Outer], few: Sequence[Array], others: Sequence[Callable[[], Array]]) -> Array:
-    """Of leaves without a centre, or with the same roots: one mean, out of the sum over leaves.
-
-    In the same pass that of a few plain columns; the kernels of `others` are added.
-    """
+def _of_factors(group: Sequence[Outer], few: Array | None) -> Array:
+    """Of leaves without a centre, or with the same roots: one mean, out of their sum; and of a few plain columns."""
     n, k, centre = len(group[0].left), group[0].k, group[0].centre
     tables = sum(x.left.shape[2] * x.left.shape[3] ** 2 for x in group)
-    size = min(max(TABLES // max(2 * tables * n * k * k, 1), 1), n)
+    block = min(max(TABLES // max(2 * tables * n * k * k, 1), 1), n)
     against_all = [(_products if x.left.shape[3] == 1 else _pairs)(x) for x in group]
 
     def summed(start: Array | int, size: int) -> Array:
         """Some examples against all, (size, k, n, k) or narrow, before roots and mean."""
-        parts = [of_leaf(start, size) for of_leaf in against_all]
-        whole = (size, n) if k == 1 else (size, k, n, k)
-        return jnp.broadcast_to(functools.reduce(jnp.add, parts), whole)
+        shape = (size, n) if k == 1 else (size, k, n, k)
+        return jnp.broadcast_to(functools.reduce(jnp.add, [of_leaf(start, size) for of_leaf in against_all]), shape)
 
-    def whole(part: Callable[[Array | int, int], Array]) -> Array:
-        def with_few(start: Array | int, size: int) -> Array:
+    def with_few(part: AgainstAll) -> AgainstAll:
+        def both(start: Array | int, size: int) -> Array:
             total = part(start, size).reshape(size * k, n * k)
-            for x in few:
-                taken = jax.lax.dynamic_slice_in_dim(x, start * k, size * k)
-                total = total + jax.lax.dot_general(taken, x, (((1,), (1,)), ((), ())))
-            return total
+            if few is None:
+                return total
+            taken = jax.lax.dynamic_slice_in_dim(few, start * k, size * k)
+            return total + jax.lax.dot_general(taken, few.conj(), (((1,), (1,)), ((), ())))
 
-        return _added(others, _tree.map_parts(with_few, n, size))
+        return both
 
     if centre is None:
-        return whole(summed)
+        return _tree.map_parts(with_few(summed), n, block)
 
     def centred() -> Array:
         """Of ⟨r − r̄, r' − r̄⟩, with r̄ the mean row."""
@@ -255,11 +252,11 @@ def _of_factors(group: Sequence[Outer], few: Sequence[Array], others: Sequence[C
             kernel = summed(start, size) - _narrow(along, k) - _narrow(across, k)
             return kernel * _narrow(scale, k) * _narrow(jnp.moveaxis(roots, 0, 2), k)
 
-        return whole(part)
+        return _tree.map_parts(with_few(part), n, block)
 
     def made() -> Array:
-        zero = whole(lambda start, size: jnp.zeros((size * k, n * k), group[0].dtype))
-        return functools.reduce(lambda total, x: _of_rows(x, one, total), group, zero)
+        base = None if few is None else jax.lax.dot_general(few, few.conj(), (((1,), (1,)), ((), ())))
+        return functools.reduce(lambda total, x: _of_rows(x, one, total), group, base)  # type: ignore[return-value]
 
     # The trace alone says whether digits are left, so that only one of the two kernels is made.
     traces, terms = (functools.reduce(jnp.add, parts) for parts in zip(*map(_traces, group), strict=True))
@@ -334,9 +331,6 @@ def _inner(x: Array, y: Array) -> Array:
     else:
         product = jax.lax.dot_general(flat[0], flat[1], (((2,), (2,)), ((0,), (0,))))
     return product.reshape(len(x), *x.shape[1:-1], *y.shape[1:-1])
-
-
-AgainstAll = Callable[[Array | int, int], Array]  # from the first of some examples and their number, (size, k, n, k)
 
 
 def _products(rows: Outer) -> AgainstAll:

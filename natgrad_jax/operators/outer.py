@@ -99,7 +99,11 @@ class Outer:
     With a centre (a₀, δ₀, shift) left and right are the differences d, e to a₀ and δ₀, and
     row (i, j) = roots[i]·(Σ_t ((a₀ + d) ⊗ (δ₀ + e) − a₀ ⊗ δ₀) − shift[j]).
 
-    Nothing of their size N·p is made, but for a kernel in units that differ from entry to entry.
+    Nothing of their size N·p is made; a part of the rows at a time is, for a kernel in units that differ from entry to
+    entry, for squares at several positions, and where differences would lose their digits.
+
+    Leaves with one and the same array `right`, as a weight and its bias, share a product in a kernel, and centred ones
+    with the same roots their mean. Out of a `jit` they are known no more, and have one each.
 
     Attributes:
         left: (n, k or 1, G, T, I).
