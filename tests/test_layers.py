@@ -549,6 +549,8 @@ def test_a_report_names_what_was_found():
     assert "70 numbers in rows, 19 in factors" in lines[0]
     assert "[0][0][1] (7,): factors; a bias" in lines[1] and "14 numbers in rows, 1 in factors" in lines[1]
     assert "whole: integer_pow" in lines[6]
+    case = CASES["a bias cut out beside slices that overlap"]
+    assert "(5,) in whole: add, (25,) in dot_general" in layers.capture(case.model)(case.params, case.batch).report()
 
 
 LABELS = metrics.fisher(

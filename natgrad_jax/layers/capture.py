@@ -159,9 +159,11 @@ class Plan:
                 of_leaf = [(piece, piece in alone or not self._kept(piece, always, centred)) for piece in pieces]
                 if not all(whole for _, whole in of_leaf) and all(self.orders(route) is not None for route in of_leaf):
                     routes += of_leaf
-            lost = {piece for piece, whole in routes if not whole and self.added_to.get(piece, routes[0]) not in routes}
+            followed = frozenset(routes)
+            biases = {piece for piece, whole in routes if not whole and piece in self.added_to}
+            lost = {piece for piece in biases if self.added_to[piece] not in followed}
             if not lost:
-                return frozenset(routes)
+                return followed
             alone |= lost
 
     def _kept(self, piece: Piece, always: bool, centred: bool) -> bool:
@@ -174,15 +176,16 @@ class Plan:
 
     def described(self, leaf: int) -> str:
         """The uses of a leaf, and what its rows and the kernel take in either form."""
-        found, numbers, cost = [], 0.0, 0
+        found, numbers, cost, followed = [], 0.0, 0, self.followed(always=True)
         pieces, reasons = self.pieces(leaf), [why for piece, why in self.refused.items() if piece.leaf == leaf]
         for piece in pieces:
             uses, window = self.of_route((piece, False)), self.window(piece).shapes[-1]
             what = ", ".join(f"{use.where} of {g} × ({a}, {b}) at {t}" for use, (g, t, a, b) in uses)
-            if piece in self.added_to:
-                what = "a bias, with the sensitivities of the product that it is added to"
-            found.append((f"{window} in " if piece.steps else "") + (what or f"whole: {self.refused[piece]}"))
             kept = math.isfinite(self.factor_size(piece))
+            if piece in self.added_to:
+                kept = (piece, False) in followed
+                what = "a bias, with the sensitivities of the product that it is added to" if kept else "whole: add"
+            found.append((f"{window} in " if piece.steps else "") + (what or f"whole: {self.refused[piece]}"))
             numbers += self.factor_size(piece) if kept else self.size(piece)
             cost += self._products(piece) if kept else self.size(piece) // self.k
         if not pieces:

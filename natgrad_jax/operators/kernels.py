@@ -18,7 +18,7 @@ from natgrad_jax.operators.picked import Picked
 from natgrad_jax.operators.pieces import Pieces
 
 # Numbers in the tables of products that are alive at a time. A step within the 32 MiB that an allocator keeps finds its
-# memory again; beyond, every page is new in every step, which was a third of the time.
+# memory again; beyond, every page is new in every step.
 TABLES = 2**20
 AgainstAll = Callable[[Array | int, int], Array]  # from the first of some examples and their number, (size, k, n, k)
 
