@@ -251,16 +251,20 @@ def chunked_sum(f: Callable[[PyTree], PyTree], xs: PyTree, chunk_size: int | Non
 
 
 def sum_of_parts(part: Callable[[Array | int, int], PyTree], n: int, size: int, zero: PyTree | None = None) -> PyTree:
-    """Σ part(start, length) over the stretches of `size` of 0 … n - 1, one after the other, and the shorter rest.
+    """Σ part(start, length) over the stretches of `size` of 0 … n - 1, one after the other, after the shorter rest.
 
     The sum begins with `zero`, if it is given.
     """
     whole, rest = divmod(n, size)
     step = jax.checkpoint(lambda i: part(i * size, size))
-    if zero is None:
+    if rest:
+        # First, since a part that is to be added at the end may be made, and kept, before the others.
+        first = part(n - rest, rest)
+        zero = first if zero is None else jax.tree.map(jnp.add, zero, first)
+    elif zero is None:
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, 0))
     total, _ = jax.lax.scan(lambda acc, i: (jax.tree.map(jnp.add, acc, step(i)), None), zero, jnp.arange(whole))
-    return jax.tree.map(jnp.add, total, part(n - rest, rest)) if rest else total
+    return total
 
 
 def map_parts(part: Callable[[Array | int, int], Array], n: int, size: int) -> Array:

@@ -19,7 +19,7 @@ from natgrad_jax.operators.pieces import Pieces
 
 # Numbers in the tables of products that are alive at a time. A step within the 32 MiB that an allocator keeps finds its
 # memory again; beyond, every page is new in every step.
-TABLES = 2**20
+TABLES = 2**19
 AgainstAll = Callable[[Array | int, int], Array]  # from the first of some examples and their number, (size, k, n, k)
 
 
@@ -60,7 +60,7 @@ def kernel(leaves: Sequence[Part], n: int, dtype: Any, width: int) -> Array:
         elif rows.left.shape[3:] == (1, 1):
             columns.append(_in_columns(rows.explicit(), inverse))
         else:
-            others.append(functools.partial(_of_rows, rows, inverse))
+            others.append(functools.partial(_of_rows(rows, inverse), 0, rows.left.shape[0]))
     groups: dict[Any, list[Outer]] = {}
     for x in factors:
         roots = None if x.centre is None else id(x.centre.roots)
@@ -149,27 +149,33 @@ def _of_columns(columns: Array, inverse: Array, dtype: Any, width: int) -> Array
     return _tree.sum_of_parts(part, inverse.size, min(width, inverse.size))
 
 
-def _of_rows(rows: Outer, inverse: Array, base: Array | None = None) -> Array:
-    """From rows that are made, a part of the leaf at a time; on top of `base`."""
+def _of_rows(rows: Outer, inverse: Array) -> AgainstAll:
+    """From rows that are made, a part of the leaf at a time; with roots and mean, (size·k, n·k)."""
     n, p = rows.shape[0], math.prod(rows.layout.shape)
-    i = rows.left.shape[-1]
+    i, k = rows.left.shape[-1], rows.k
     inverse = rows.layout.matrices(jnp.broadcast_to(inverse, rows.layout.shape))
 
-    def part(start: Array | int, size: int) -> Array:
+    def made(start: Array | int, size: int) -> Array:
         take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)  # noqa: E731
         centre = rows.centre
         if centre is not None:
             centre = centre._replace(left=take(centre.left, 4))
         made = replace(rows, left=take(rows.left, 4), centre=centre).made()
-        made = jnp.broadcast_to(made, (made.shape[0], rows.k, *made.shape[2:]))
+        made = jnp.broadcast_to(made, (made.shape[0], k, *made.shape[2:]))
         if rows.centre is not None:
             made = made - take(jax.vmap(rows.layout.matrices)(rows.centre.shift), 2)
             made = column(rows.centre.roots, made.ndim) * made
-        made = (made * take(inverse, 1)).reshape(n, -1)
-        return jax.lax.dot_general(made, made, (((1,), (1,)), ((), ())))
+        return (made * take(inverse, 1)).reshape(n, -1)
 
-    base = None if base is None else base.astype(jnp.result_type(base, rows.dtype))
-    return _tree.sum_of_parts(part, i, min(max(outer.BLOCK // max(n * p // i, 1), 1), i), base)
+    def against_all(start: Array | int, size: int) -> Array:
+        def part(first: Array | int, width: int) -> Array:
+            all_rows = made(first, width)
+            taken = jax.lax.dynamic_slice_in_dim(all_rows, start * k, size * k)
+            return jax.lax.dot_general(taken, all_rows, (((1,), (1,)), ((), ())))
+
+        return _tree.sum_of_parts(part, i, min(max(outer.BLOCK // max(n * p // i, 1), 1), i))
+
+    return against_all
 
 
 def _rows_are_cheaper(rows: Outer) -> bool:
@@ -253,12 +259,12 @@ def _of_factors(group: Sequence[Outer], few: Array | None) -> Array:
         return _tree.map_parts(with_few(part), n, block)
 
     def made() -> Array:
-        base = None if few is None else jax.lax.dot_general(few, few.conj(), (((1,), (1,)), ((), ())))
-        return functools.reduce(lambda total, x: _of_rows(x, one, total), group, base)  # type: ignore[return-value]
+        of_leaves = [_of_rows(x, jnp.ones((), x.dtype)) for x in group]
+        part = lambda start, size: functools.reduce(jnp.add, [f(start, size) for f in of_leaves])  # noqa: E731
+        return _tree.map_parts(with_few(part), n, min(max(TABLES // max(4 * n * k * k, 1), 1), n))
 
     # The trace alone says whether digits are left, so that only one of the two kernels is made.
     traces, terms = (functools.reduce(jnp.add, parts) for parts in zip(*map(_traces, group), strict=True))
-    one = jnp.ones((), group[0].dtype)
     return jax.lax.cond(_tree.in_any_lane(~remain(traces, terms)), made, centred)
 
 
