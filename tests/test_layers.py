@@ -93,12 +93,12 @@ def check_rows_of(case, centred, dtype):
             "kernel in layered units": gram.kernel(flat(tables), rank_one=True),
             "diagonal": flat(gram.diagonal()), "lengths": gram.scale(), "matrix": gram.dense(),
             "scaled": scale(9.0, gram).times(v), "a sum": add(gram, gram).dense(),
-        }  # fmt: skip
+        }, gram.bound()  # fmt: skip
 
     sizes = rng.normal(size=expected.shape[1]), rng.normal(size=len(expected)), rng.uniform(0.5, 2, expected.shape[1])
     v, u, units = (jnp.asarray(x, dtype) for x in sizes)
     tables = jax.tree.map(lambda x: layered_units(x.shape, rng, dtype), params)
-    rows, got = everything(params, batch, v, u, units, tables)
+    rows, got, bound = everything(params, batch, v, u, units, tables)
     v, u, units = (np.asarray(x, float) for x in (v, u, units))
     layered = np.concatenate([np.ravel(np.asarray(x, float)) for x in jax.tree.leaves(tables)])
     formulas = {
@@ -110,6 +110,8 @@ def check_rows_of(case, centred, dtype):
     }  # fmt: skip
     for what, value in formulas.items():
         assert error(got[what], value) < case.slack * TOL[np.dtype(dtype)], what
+    length = np.linalg.norm(expected, 2)
+    assert length <= bound * (1 + 4 * eps(dtype)) and (centred or bound < 1e3 * length)
     found = case.found if case.found_centred is None or not centred else case.found_centred
     assert [is_outer(x) for x in jax.tree.leaves(rows, is_leaf=is_outer)] == found
     assert {x.dtype for x in jax.tree.leaves(rows)} - {np.dtype("int32")} == {np.dtype(dtype)}
@@ -244,6 +246,41 @@ def test_kernels_of_leaves_with_nothing_in_common(float64):
     columns = draw(6, 2) + 1j * draw(6, 2)
     mixed = Gram([Outer(*factors(6, 1), layout, 1), Outer(*factors(3, 2), layout, 2), columns])
     np.testing.assert_allclose(mixed.kernel(one), mixed.matrix() @ mixed.matrix().conj().T, atol=1e-12)
+
+
+@pytest.mark.parametrize("examples", [6, 4])
+def test_a_kernel_of_factors_that_cancel_is_that_of_rows(examples, monkeypatch, float64):
+    """Factors vary by much, and their product by 1e-7; kernels are made of all six examples, or of four and of two."""
+    map_parts = _tree.map_parts
+    monkeypatch.setattr(_tree, "map_parts", lambda part, n, size: map_parts(part, n, examples))
+    rng = np.random.default_rng(0)
+    x, a, b = (jnp.asarray(rng.normal(size=shape), float64) for shape in ((6, 5), 5, 7))
+    size = jnp.exp(jnp.asarray(rng.normal(size=6), float64))
+
+    def model(w, sample):
+        size, x = sample
+        return (size * (a + 1e-7 * x)) @ w["w"] @ (b / size) + w["c"] @ x
+
+    metric = metrics.quantum_geometric(model, rows="layers")
+    gram = jax.jit(metric)({"w": jnp.zeros((5, 7)), "c": jnp.zeros(5)}, samples=(size, x))
+    assert [is_outer(rows) for rows in gram.rows.values()] == [True, True]
+    centred = np.asarray((x - x.mean(0)) / 6**0.5)
+    of_w = Gram({"w": gram.rows["w"]}).kernel(jnp.ones((), float64))
+    expected = 1e-14 * float(b @ b) * centred @ centred.T
+    assert error(of_w, expected) < 1e-7
+    assert error(gram.kernel(jnp.ones((), float64)), expected + centred @ centred.T) < 1e-12
+
+
+def test_a_number_that_no_norm_exceeds():
+    """Of rows of ones it is the norm itself."""
+    layout = layers.Plan.of(lambda w, x: x @ w, jnp.zeros((4, 5)), jnp.zeros(4)).uses[0][0].layout
+    table = layers.Plan.of(lambda e, i: e[i], jnp.zeros((4, 5)), jnp.zeros(2, int)).uses[0][0].layout
+    outer = Outer(jnp.ones((3, 1, 1, 2, 4)), jnp.ones((3, 1, 1, 2, 5)), layout, 1)
+    picked = Picked(jnp.zeros((3, 1, 1), int), jnp.ones((3, 1, 1, 1, 5)), table)
+    assert float(Gram(outer).bound()) == pytest.approx(2 * 60**0.5)
+    assert float(Gram(picked).bound()) == pytest.approx(15**0.5)
+    assert float(Gram([outer, picked, jnp.ones((3, 2))]).bound()) == pytest.approx((4 * 60 + 15 + 6) ** 0.5)
+    assert float(Gram([]).bound()) == 0
 
 
 def test_lanes_choose_between_factors_and_rows_together(float64):

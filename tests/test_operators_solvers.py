@@ -354,6 +354,32 @@ def test_an_undamped_singular_cholesky_is_a_flag_not_an_answer(dtype):
     assert not bool(got.converged)
 
 
+@pytest.mark.parametrize("rule", [ng.damping.absolute, ng.damping.trace])
+def test_one_number_for_all_damps_what_has_no_curvature(rule, dtype):
+    """Dead coordinates where λ is 0, none elsewhere, in lanes and by themselves; rows of 1e±15; NaN among the rows."""
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(3, 6)) * np.array([1, 1, 0, 1, 1, 1])
+    e = rng.normal(size=3)
+
+    def step(strength, rows):
+        return solvers.solve(
+            ng.operators.Gram(rows), rows.T @ jnp.asarray(e, dtype), solver=solvers.row_space(), damping=rule(strength)
+        )
+
+    rows, strengths = jnp.asarray(matrix, dtype), jnp.asarray([0.0, 0.3], dtype)
+    lanes = jax.jit(jax.vmap(step, (0, None)))(strengths, rows)
+    assert lanes.stats.dead.tolist() == [1, 0] == [int(step(x, rows).stats.dead) for x in (0.0, 0.3)]
+    gram = matrix.T @ matrix
+    unit = np.trace(gram) / 6 if rule is ng.damping.trace else 1.0
+    for value, strength in zip(lanes.value, (0.0, 0.3), strict=True):
+        expected = np.linalg.pinv(gram + strength * unit * np.eye(6), rcond=1e-9) @ (matrix.T @ e)
+        assert error(value, expected) < 3e3 * cases.eps(dtype)
+    for size in (1e-15, 1e15):
+        found = step(jnp.asarray(0.3 if rule is ng.damping.trace else 0.3 * size**2, dtype), rows * size)
+        assert bool(found.converged) and error(found.value, lanes.value[1] / size) < 300 * cases.eps(dtype)
+    assert not np.isfinite(step(0.3, rows.at[0, 0].set(jnp.nan)).value).any()
+
+
 @every_solver
 def test_a_matrix_of_zeros(solver, kind, dtype):
     op = OPERATORS[kind].build(0 * ROWS, dtype)

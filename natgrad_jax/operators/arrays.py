@@ -257,6 +257,13 @@ class Gram:
         length = lambda x: x.lengths() if is_outer(x) else _lengths(_tree.raised(x))  # noqa: E731
         return self.space.ravel(_each(length, self.rows)).real
 
+    def bound(self) -> Array:
+        """A number that ‖A‖ does not exceed, at the cost of a look at the numbers; a constant to derivatives."""
+        largest = lambda x: jnp.max(jnp.abs(x), initial=0.0) * math.prod(x.shape[1:]) ** 0.5  # noqa: E731
+        bounds = _each(lambda x: x.bound() if is_outer(x) else largest(_tree.raised(x)), self.rows)
+        lengths = [jnp.zeros((), real_dtype(self.space.dtype)), *jax.tree.leaves(bounds)]
+        return jax.lax.stop_gradient(self.n**0.5 * _tree.norm(jnp.stack(lengths)))
+
     def balanced(self) -> tuple[Array, Array]:
         """`frame` (p,) and M (p, p), G = diag(frame) M diag(frame): rows of 1e-30 are legal, their squares are not."""
         largest = self.space.ravel(jax.tree.map(_largest, _tree.raised(explicit(self.rows)))).real

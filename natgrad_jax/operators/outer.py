@@ -1,7 +1,7 @@
 """Rows that are sums of outer products, as the gradients of a weight are: kept as their factors."""
 
+import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -218,23 +218,27 @@ class Outer:
     def _summed(self, u: Array, *pairs: tuple[Array, Array]) -> Array:
         """Σ u[i, j] left[i, j, g, t, :] ⊗ right[i, j, g, t, :] over the pairs, shaped like the leaf.
 
-        One product for all pairs, of which one with a left side for all examples is one row more: a product, a sum over
-        rows and an outer product in one, XLA for CPUs (jaxlib 0.10) has returned memory that nobody wrote.
+        A left side for all examples is taken out of the sum. Apart from the others: a product, a sum over rows and an
+        outer product in one, XLA for CPUs (jaxlib 0.10) has returned memory that nobody wrote.
         """
 
-        def weighted(left: Array, right: Array) -> tuple[Array, Array]:
+        def of_pair(left: Array, right: Array) -> Array:
             if len(left) < len(right):
                 shape = (len(right), max(u.shape[1], right.shape[1]))
                 every = jnp.broadcast_to(right, (*shape, *right.shape[2:]))
-                return left, jnp.einsum("nk,nkgto->kgto", jnp.broadcast_to(u, shape), every)[None]
-            weights = column(u, 5)
-            on_left = len(pairs) == 1 and left.shape[1] > right.shape[1]
-            return (weights * left, right) if on_left else (left, weights * right)
+                right = jnp.einsum("nk,nkgto->kgto", jnp.broadcast_to(u, shape), every)[None]
+            elif left.shape[1] > right.shape[1]:
+                left = column(u, 5) * left
+            else:
+                right = column(u, 5) * right
+            if left.shape[1] != right.shape[1]:
+                left, right = (jnp.sum(x, axis=1, keepdims=True) for x in (left, right))
+            return jnp.einsum("nkgti,nkgto->gio", left, right)
 
-        left, right = map(_stacked, zip(*(weighted(*pair) for pair in pairs), strict=True))
-        if left.shape[1] != right.shape[1]:
-            left, right = (jnp.sum(x, axis=1, keepdims=True) for x in (left, right))
-        return self.layout.leaf(jnp.einsum("nkgti,nkgto->gio", left, right))
+        products = [of_pair(*pair) for pair in pairs]
+        if len(products) > 1:
+            products = jax.lax.optimization_barrier(products)
+        return self.layout.leaf(functools.reduce(jnp.add, products))
 
     def _squares_of_rows(self) -> Array:
         return self._over_examples(lambda rows: jnp.sum(jnp.square(rows), axis=0))
@@ -256,6 +260,14 @@ class Outer:
             centre = Centre(roots, unit(first, inside[:, None]), unit(other, out[:, None]), unit(shift, frame))
         scaled = replace(self, left=unit(left, inside[:, None]), right=unit(right, out[:, None]), centre=centre)
         return frame * _tree.root(scaled.squares())
+
+    def bound(self) -> Array:
+        """A number that no row is longer than, from the largest of each factor of an example."""
+        largest = lambda x: jnp.max(jnp.abs(x), axis=(1, 2, 3, 4), initial=0.0)  # noqa: E731
+        entries = self.left.shape[3] * sum(largest(left) * largest(right) for left, right in self.pairs())
+        if self.centre is not None:
+            entries = self.centre.roots * (entries + jnp.max(jnp.abs(self.centre.shift), initial=0.0))
+        return jnp.max(entries, initial=0.0) * math.prod(self.layout.shape) ** 0.5
 
     def weighted(self, roots: Array) -> "Outer":
         """Rows times roots, (n,) or (n, k)."""
@@ -320,10 +332,6 @@ def paired(left: Array, right: Array) -> tuple[Array, Array]:
     """Both with the same number of outputs."""
     k = max(left.shape[1], right.shape[1])
     return tuple(jnp.broadcast_to(x, (x.shape[0], k, *x.shape[2:])) for x in (left, right))  # type: ignore[return-value]
-
-
-def _stacked(parts: Sequence[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _largest(x: Array) -> Array:

@@ -1,5 +1,6 @@
 """Rows of a table that is looked up, as an embedding is: which row of the table, and the sensitivity there."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,10 @@ class Picked:
         seen = self._seen(largest)[:, None]
         scaled = replace(self, right=self.right / jnp.where(seen > 0, seen, 1))
         return largest * _tree.root(scaled.squares())
+
+    def bound(self) -> Array:
+        """A number that no row is longer than."""
+        return jnp.max(jnp.abs(self.right), initial=0.0) * math.prod(self.right.shape[2:]) ** 0.5
 
     def scaled(self, c: Any) -> "Picked":
         """c times the rows."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natgrad_jax._tree import PyTree, accumulator
+from natgrad_jax._tree import PyTree, accumulator, norm
 from natgrad_jax.operators.outer import Layout, Outer
 from natgrad_jax.operators.picked import Picked
 
@@ -65,6 +65,10 @@ class Pieces:
     def lengths(self) -> Array:
         """√squares, for rows of any size."""
         return self.layout.leaf([part.lengths() for part in self.parts])
+
+    def bound(self) -> Array:
+        """A number that no row is longer than."""
+        return norm(jnp.stack([part.bound() for part in self.parts]))
 
     def scaled(self, c: Any) -> "Pieces":
         """c times the rows."""

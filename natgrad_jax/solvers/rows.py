@@ -38,7 +38,7 @@ class RowsInFrame(NamedTuple):
 
     @property
     def inverse(self) -> Array:
-        """1/(root·size)."""
+        """1/(root·size), (p,) or one number for all."""
         return self.frame.out(jnp.ones_like(self.frame.root))
 
     def times(self, y: Array) -> Array:
@@ -48,6 +48,17 @@ class RowsInFrame(NamedTuple):
     def transposed_times(self, u: Array) -> Array:
         """Bᴴu, shape (p,)."""
         return self.gram.space.ravel(self.gram.transposed_times(u)) * self.inverse
+
+    def seen(self, strength: Number | None) -> Frame:
+        """The frame with its scale; where D is one number, λ = 0 alone asks for it: what has no curvature is dead."""
+        if self.frame.scale is not None:
+            return self.frame
+        strength = self.frame.rule.strength if strength is None else strength
+        ones = jnp.ones(self.gram.space.size, self.frame.size.dtype)
+        if _tree.surely(strength, lambda x: x > 0):
+            return self.frame._replace(scale=ones)
+        needed = _tree.in_any_lane(jnp.asarray(strength) == 0)
+        return self.frame._replace(scale=jax.lax.cond(needed, self.gram.scale, lambda: ones))
 
     def rounding(self, g: Array, e: Array, lengths: Array) -> Array:
         """The length that Bᴴe − g has from rounding alone, in the rows (of these lengths), in e and in g."""
@@ -62,8 +73,9 @@ class RowsInFrame(NamedTuple):
         if residual is None:
             return jnp.zeros(self.gram.n, g.dtype), jnp.asarray(False)
         size = _tree.largest(residual)
-        e = residual.astype(g.dtype) / jnp.where(size > 0, size, 1)
-        h = self.transposed_times(e)
+        size = jnp.where(size > 0, size, 1)
+        # Of the residual as it is: who made g from it has this product already, and XLA sees that they are one.
+        e, h = residual.astype(g.dtype) / size, self.transposed_times(residual) / size
         c = divide(jnp.vdot(h, g), jnp.vdot(h, h).real)
         e = c * e
         mixed = _tree.norm(e) * _tree.norm(lengths) / max(self.gram.n, 1) ** 0.5
@@ -93,12 +105,11 @@ class RowSpace:
                 " solvers.cholesky(), or solvers.qr() for accuracy"
             )
         rule = least(operator.space.size, operator.space.dtype) if rule is None else rule
-        rows = RowsInFrame(operator, Frame.of(operator, rule))
-        # In units that are all the same, rows that are outer products are never made.
-        uniform = isinstance(rule, damping_rules.Absolute | damping_rules.Trace) and operator.space.size > 0
-        kernel = operator.kernel(
-            rows.inverse[0] if uniform else rows.inverse, rank_one=isinstance(rule, damping_rules.Layered)
-        )
+        if isinstance(rule, damping_rules.Absolute | damping_rules.Trace):
+            rows, kernel = _in_one_unit(operator, rule)
+        else:
+            rows = RowsInFrame(operator, Frame.of(operator, rule))
+            kernel = operator.kernel(rows.inverse, rank_one=isinstance(rule, damping_rules.Layered))
         return RowSpaceFactored(rows, kernel, _shifted_lower(kernel, rows.frame.damping(None)))
 
     def apply(
@@ -131,11 +142,25 @@ class RowSpace:
 
         e, rest = recover() if residual is None else jax.lax.cond(_tree.in_any_lane(~used), recover, lambda: given)
         y = rows.transposed_times(solve(e)) + rest
-        solution = frame.finish(size * y, rhs, strength, residual_used=used)
+        solution = rows.seen(strength).finish(size * y, rhs, strength, residual_used=used)
         # Dependent rows: a pivot that is all rounding makes a plausible step, of which nothing is known.
         pivots = jnp.square(jnp.real(_tree.diagonal(lower)))
         least_pivot = PIVOT * jnp.finfo(pivots.dtype).eps * (jnp.real(_tree.diagonal(kernel)) + damping)
         return solution._replace(converged=solution.converged & jnp.all(pivots >= least_pivot))
+
+
+def _in_one_unit(gram: Gram, rule: damping_rules.Absolute | damping_rules.Trace) -> tuple[RowsInFrame, Array]:
+    """Rows and kernel where D is one number: a bound is as good as the lengths of the columns, which take a pass.
+
+    Rows that are outer products are not made in such units.
+    """
+    bound = gram.bound()
+    kernel = gram.kernel(divide(1, bound))
+    root = jnp.ones_like(bound)
+    if isinstance(rule, damping_rules.Trace):
+        relative = _tree.root(jnp.sum(jnp.real(_tree.diagonal(kernel))) / max(gram.space.size, 1))
+        root = bound * relative if rule.mean is None else jnp.asarray(rule.mean, bound.dtype)
+    return RowsInFrame(gram, Frame(gram.space, None, root, divide(bound, root), rule)), kernel
 
 
 def _recovered(

@@ -83,10 +83,17 @@ class Frame(NamedTuple):
     """Coordinates y = size·root·x in which the damping's D is the identity and G has diagonal entries of at most 1.
 
     G = diag(root) M diag(root)·size², (M + λ/size²) y = into(g), x = out(y).
+
+    Attributes:
+        space: of the parameters.
+        scale: √G_ii.
+        root: √D_ii, (p,); or one number for all, if `scale` is left for `apply` to find.
+        size: what the units of G and λ have that those of M have not.
+        rule: the damping.
     """
 
     space: Space
-    scale: Array
+    scale: Array | None
     root: Array
     size: Array
     rule: Rule
@@ -112,13 +119,14 @@ class Frame(NamedTuple):
 
     def finish(self, y: Array, rhs: PyTree, strength: Number | None, fine: Any = True, **stats: Any) -> Solution:
         """The solution from its coordinates in this frame; not finite unless `fine` and λ is a number ≥ 0."""
+        assert self.scale is not None
         strength = strength_of(self.rule, strength, self.size.dtype)
         # A matrix of zeros: no curvature to divide by but λ itself.
         g = self.space.ravel(rhs)
-        empty = divide(divide(divide(g, self.root), self.root), jnp.broadcast_to(strength, self.root.shape))
+        empty = divide(divide(divide(g, self.root), self.root), jnp.broadcast_to(strength, g.shape))
         # Comparisons with NaN are false, and would keep no direction: a plausible 0. A coordinate with curvature and
         # without a D is not to be seen in this frame.
-        fine = fine & jnp.isfinite(strength) & jnp.all(jnp.isfinite(self.scale))
+        fine = fine & jnp.isfinite(strength) & jnp.isfinite(self.size) & jnp.all(jnp.isfinite(self.scale))
         fine = fine & ~jnp.any((self.root == 0) & (self.scale > 0))
         direction = jnp.where(self.size > 0, self.out(y), empty) + jnp.where(fine, 0, jnp.nan).astype(self.size.dtype)
         dead = jnp.sum((self.root == 0) | ((self.scale == 0) & (strength == 0)))
