@@ -121,8 +121,8 @@ def by_definition(network: Network, params: PyTree, x: np.ndarray, energies: np.
     return rows.T @ np.linalg.solve(rows @ rows.T + SHIFT * np.eye(len(x)), e)
 
 
-def ours(network: Network, rows: str) -> Callable[..., PyTree]:
-    """Metric, gradient and solve."""
+def ours(network: Network, rows: str, solver: Any = None) -> Callable[..., PyTree]:
+    """Metric, gradient and solve; exact if no solver is given."""
     metric = metrics.quantum_geometric(network.log_psi, rows=rows)
 
     def step(params: PyTree, x: Array, energies: Array) -> PyTree:
@@ -130,7 +130,7 @@ def ours(network: Network, rows: str) -> Callable[..., PyTree]:
         e = 2 * (energies - jnp.mean(energies)) / n**0.5
         gram = ng.operators.Gram(metric(params, samples=x).rows, e)
         g = gram.transposed_times(e)
-        return solvers.solve(gram, g, solver=solvers.row_space(), damping=damping.absolute(SHIFT)).value
+        return solvers.solve(gram, g, solver=solver or solvers.row_space(), damping=damping.absolute(SHIFT)).value
 
     return step
 
@@ -326,12 +326,14 @@ def tanh_network(params: PyTree, x: Array) -> Array:
 
 
 def growth(width: int, n: int, repeats: int) -> dict[str, Any]:
-    """One step of a network 64-width-width-1 in float32: time and memory against p at fixed n."""
+    """One step of a network 64-width-width-1 in float32, exact or of 20 products: time and memory against p."""
     network = dense(64, width, width, 1)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network.params)
     rng, p = np.random.default_rng(1), sum(x.size for x in jax.tree.leaves(params))
     x, energies = (jnp.asarray(v, jnp.float32) for v in (rng.normal(size=(n, 64)), rng.normal(size=n)))
-    rules = {"layers": ours(network, "auto")} | ({"plain rows": ours(network, "plain")} if n * p < 3e8 else {})
+    forms = {"layers": "auto"} | ({"plain rows": "plain"} if n * p < 3e8 else {})
+    rules = {key: ours(network, rows) for key, rows in forms.items()}
+    rules |= {f"{key}, cg": ours(network, rows, solvers.cg(None, max_steps=20)) for key, rows in forms.items()}
     compiled = {key: jax.jit(rule) for key, rule in rules.items()}
     times = interleaved({key: partial(rule, params, x, energies) for key, rule in compiled.items()}, repeats)
     row: dict[str, Any] = {"problem": f"growth, 64-{width}-{width}-1", "p": p, "n": n}
