@@ -231,7 +231,10 @@ def kernel_and_diagonal(
         grads = jax.vmap(jax.grad(log_prob), (None, 0))(params, batch)
         return sum(g.reshape(n, -1) @ g.reshape(n, -1).T for g in jax.tree.leaves(grads)) / n
 
-    rules = {"kernel": lambda params: metric(params, batch=batch).kernel(jnp.ones(())), "per-sample kernel": explicit}
+    rules = {
+        "kernel": lambda params: metric(params, batch=batch).kernel(jnp.ones((), jnp.float32)),
+        "per-sample kernel": explicit,
+    }
     compiled = {key: jax.jit(rule) for key, rule in rules.items()}
     times = interleaved({key: partial(rule, params) for key, rule in compiled.items()}, repeats)
     row: dict[str, Any] = {"problem": name, "p": sum(v.size for v in jax.tree.leaves(params)), "n": n}

@@ -1,6 +1,7 @@
 """Layer rows against the Jacobian: the same numbers, whatever the model and however its parameters are used."""
 
 import gc
+import re
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,18 @@ def test_a_kernel_of_factors_that_cancel_is_that_of_rows(examples, monkeypatch, 
     expected = 1e-14 * float(b @ b) * centred @ centred.T
     assert error(of_w, expected) < 1e-7
     assert error(gram.kernel(jnp.ones((), float64)), expected + centred @ centred.T) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["dense layers", "attention", "convolution", "flat"])
+def test_units_do_not_raise_the_precision_of_a_kernel(name, float64):
+    case, roots = CASES[name], jnp.full(4, 0.5, np.float32)
+    params, batch = typed(case.params, np.float32), typed(case.batch, np.float32)
+    plan = layers.Plan.of(one_of(case.model), params, jax.tree.map(lambda x: x[0], batch))
+    gram = Gram(layers.rows(plan, params, batch, roots, centred=False, always=True))
+    for inverse in (jnp.ones(()), jnp.ones(gram.space.size)):
+        assert inverse.dtype == float64
+        program = str(jax.make_jaxpr(lambda rows, inverse: Gram(rows).kernel(inverse))(gram.rows, inverse))
+        assert "f32[4," in program and not re.search(r"f64\[\d+,", program)
 
 
 def test_a_number_that_no_norm_exceeds():

@@ -248,6 +248,7 @@ class Gram:
         of `rank_one` on each leaf, an outer product of its last axis and the others.
         """
         leaves, n = jax.tree.leaves(self.rows, is_leaf=is_outer), self.n
+        inverse = jnp.asarray(inverse, real_dtype(self.space.dtype))  # which would raise the rows to its own precision
         units = jax.tree.leaves(self.space.unravel(inverse)) if jnp.ndim(inverse) else [inverse] * len(leaves)
         parts = [kernels.Part(rows, unit, rank_one) for rows, unit in zip(leaves, units, strict=True)]
         return kernels.kernel(parts, n, self.space.dtype, _chunk(n))
